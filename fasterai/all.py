@@ -1,0 +1,8 @@
+"""Everything, for notebooks: `from fasterai.all import *`."""
+
+from .core.criteria import *
+from .core.schedule import *
+from .measure.pictures import *
+from .measure.profile import *
+from .prune.all import *
+from .sparse.all import *

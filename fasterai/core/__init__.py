@@ -1,0 +1,1 @@
+"""What both halves share: schedules, granularities, criteria, masks. Knows tensors, not networks."""

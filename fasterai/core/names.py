@@ -1,0 +1,44 @@
+"""Layers picked by name or type, with errors that name near matches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from torch import nn
+
+__all__ = ["LayerChoice", "pick"]
+
+LayerChoice = str | type[nn.Module]
+
+
+def pick(
+    model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argument: str
+) -> set[str]:
+    """Names of all modules that are chosen: by name, inside a named block, or by type.
+
+    Raises:
+        ValueError: a name the model does not have; near matches are listed.
+        TypeError: neither a name nor a module type.
+    """
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(choices, str | type):
+        choices = [choices]
+    chosen: set[str] = set()
+    for choice in choices:
+        if isinstance(choice, str):
+            if choice not in names or not choice:
+                raise ValueError(unknown_name(choice, names, argument))
+            chosen.update(n for n in names if n == choice or n.startswith(f"{choice}."))
+        elif isinstance(choice, type) and issubclass(choice, nn.Module):
+            chosen.update(n for n, m in model.named_modules() if isinstance(m, choice))
+        else:
+            raise TypeError(f"{argument} takes module names and types, got {choice!r}")
+    return chosen
+
+
+def unknown_name(name: str, known: Iterable[str], argument: str) -> str:
+    """The message for a layer that does not exist."""
+    near = get_close_matches(name, [n for n in known if n], n=3, cutoff=0.5)
+    hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+    return f"{argument}: the model has no layer {name!r}{hint}"

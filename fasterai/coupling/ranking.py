@@ -1,0 +1,63 @@
+"""Scores of units, and which of them are zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..core.criteria import Criterion
+from ..core.granularity import over_groups
+from .labels import PRODUCE
+from .units import Axis
+
+__all__ = ["unit_scores", "zeroed_units"]
+
+
+def unit_scores(
+    tensors: Mapping[str, Tensor], axis: Axis, criterion: Criterion, *, relative: bool = False
+) -> Tensor:
+    """(F,) scores of an axis' free units: the mean (or sum) over the elements of their rows.
+
+    Args:
+        tensors: the network's parameters by name.
+        axis: the axis to score.
+        criterion: scores of single elements, and how they are reduced.
+        relative: divide by the mean over the axis, to compare units of different axes; not
+            where the criterion's scores are added up.
+    """
+    total = size = None
+    for slot in axis.having(PRODUCE):
+        weight = tensors[slot.parameter]
+        rows = over_groups(criterion(weight, slot.parameter), (slot.dim,), "sum").flatten()
+        unit, index = slot.unit.to(weight.device), slot.index.to(weight.device)
+        if total is None:
+            total = torch.zeros(axis.size, dtype=rows.dtype, device=rows.device)
+            size = torch.zeros_like(total)
+        each = weight.numel() // weight.shape[slot.dim]
+        total.index_add_(0, unit, rows[index].to(total))
+        size.index_add_(0, unit, torch.full_like(rows[index], each).to(size))
+    free = axis.free.to(total.device)
+    if criterion.reduce == "sum":
+        return total[free]
+    scores = (total / size)[free]
+    mean = scores.mean().abs()
+    return scores / torch.where(mean > 0, mean, 1.0) if relative else scores
+
+
+def zeroed_units(tensors: Mapping[str, Tensor], axis: Axis) -> Tensor:
+    """(size,) bool: the units all of whose weights are zero.
+
+    A norm's shifts start as zeros, and whole layers are sometimes initialised so: an axis without
+    a single other weight counts as fresh, not as zeroed.
+    """
+    zero = None
+    for slot in axis.having(PRODUCE):
+        weight = tensors[slot.parameter]
+        alive = over_groups(weight.detach() != 0, (slot.dim,), "any").flatten()
+        unit, index = slot.unit.to(weight.device), slot.index.to(weight.device)
+        if zero is None:
+            zero = torch.ones(axis.size, dtype=torch.bool, device=weight.device)
+        zero[unit[alive[index]].to(zero.device)] = False
+    return zero & ~zero.all()

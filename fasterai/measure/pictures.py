@@ -1,0 +1,74 @@
+"""Pictures of a run and of a network; each returns its matplotlib axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+__all__ = ["plot_steps", "plot_training", "plot_widths"]
+
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#BBBBBB"  # apart for the colour-blind
+
+
+def _axes(ax: Any, width: float = 5.0) -> Any:
+    import matplotlib.pyplot as plt
+
+    return ax or plt.subplots(figsize=(width, 3), layout="constrained")[1]
+
+
+def plot_steps(
+    steps: Sequence[tuple[int, float]], total: int, *, ylabel: str, title: str, ax: Any = None
+) -> Any:
+    """A value that changes at some steps and stays between them, over `total` steps."""
+    ax = _axes(ax)
+    x = [0, *(t for t, _ in steps), max(total, steps[-1][0])]
+    y = [0.0, *(v for _, v in steps), steps[-1][1]]
+    ax.step(x, y, where="post", color=_ORANGE)
+    ax.set(xlabel="training step", ylabel=ylabel, title=title, ylim=(-0.03, 1.03))
+    return ax
+
+
+def plot_training(
+    epochs: Sequence[float],
+    metric: Sequence[float],
+    steps: Sequence[tuple[float, float]],
+    *,
+    metric_name: str = "accuracy",
+    ax: Any = None,
+) -> Any:
+    """A metric after each epoch, and the sparsity over the same epochs, on one scale of 0 to 1.
+
+    Args:
+        epochs: when the metric was measured, in epochs.
+        metric: its values.
+        steps: (epoch, sparsity) at each change.
+        metric_name: for the legend.
+        ax: where to draw.
+    """
+    ax = _axes(ax, 7.0)
+    end = max([*epochs, *(e for e, _ in steps)])
+    x = [0, *(e for e, _ in steps), end]
+    y = [0.0, *(s for _, s in steps), steps[-1][1] if steps else 0.0]
+    ax.fill_between(x, y, step="post", color=_ORANGE, alpha=0.25, linewidth=0)
+    ax.step(x, y, where="post", color=_ORANGE, label="sparsity")
+    ax.plot(epochs, metric, "o-", color=_BLUE, label=metric_name)
+    ax.set(xlabel="epoch", ylabel="share", ylim=(0, 1.03), xlim=(0, end * 1.02))
+    ax.set_title(f"{metric_name} while sparsity rises")
+    ax.legend(loc="lower right")
+    return ax
+
+
+def plot_widths(report: pd.DataFrame, ax: Any = None) -> Any:
+    """Output channels of each layer before and after, from `Pruner.report()`."""
+    table = report[report["out_before"].notna() & (report["layer"] != "total")]
+    table = table[table["macs_before"] > 0]  # convs and linears; norms repeat their widths
+    ax = _axes(ax, max(5.0, 0.32 * len(table)))
+    x = range(len(table))
+    ax.bar(x, table["out_before"].astype(float), color=_GREY, label="before")
+    ax.bar(x, table["out_after"].astype(float), color=_BLUE, width=0.5, label="after")
+    ax.set_xticks(list(x), table["layer"], rotation=90, fontsize=8)
+    ax.set(ylabel="output channels", title="Channels of each layer, before and after pruning")
+    ax.legend()
+    return ax

@@ -1,0 +1,5 @@
+"""Everything that removes: `from fasterai.prune.all import *`."""
+
+from ..core.criteria import *
+from .plan import *
+from .pruner import *

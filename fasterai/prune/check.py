@@ -1,0 +1,122 @@
+"""Looking at a network's numbers: what arrives at its layers, and what it puts out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..coupling.inputs import Inputs, run_quietly, tensors_in
+from ..coupling.labels import CONSUME, Dim, dims_of, run_labels
+from ..coupling.units import Axis, Coupling
+
+__all__ = ["Differences", "differences", "outputs", "peaks", "silenced"]
+
+# The largest relative difference that rounding explains; wrong wiring gives far more.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The largest difference between two networks' outputs.
+
+    Args:
+        absolute: in the outputs' unit.
+        relative: as a share of the largest output.
+        small: whether rounding explains it.
+    """
+
+    absolute: float
+    relative: float
+    small: bool
+
+
+def outputs(model: nn.Module, inputs: Inputs) -> list[list[Tensor]]:
+    """Outputs in eval mode on the inputs, and on random ones of the same form.
+
+    A model that cannot run on random inputs (it may expect boxes, say) is only run on its own.
+    """
+    found = []
+    with run_quietly(model):
+        found.append(tensors_in(inputs(model)))
+        try:
+            found.append(tensors_in(inputs.random_like()(model)))
+        except Exception:  # whatever user code raises
+            pass
+    return found
+
+
+def differences(expected: Sequence[list[Tensor]], got: Sequence[list[Tensor]]) -> Differences:
+    """Compare outputs tensor by tensor.
+
+    Raises:
+        RuntimeError: they differ in number or shape.
+    """
+    absolute = relative = 0.0
+    small = True
+    if len(expected) != len(got):
+        raise RuntimeError("the network no longer runs on random inputs")
+    for before, after in zip(expected, got, strict=True):
+        shapes = [tuple(x.shape) for x in before], [tuple(x.shape) for x in after]
+        if shapes[0] != shapes[1]:
+            raise RuntimeError(f"its outputs had the shapes {shapes[0]}, now {shapes[1]}")
+        for a, b in zip(before, after, strict=True):
+            if not a.is_floating_point() or not a.numel():
+                continue
+            same = (a == b) | (a.isnan() & b.isnan())
+            apart = float(torch.where(same, 0.0, (a - b).abs().double()).max())
+            scale = float(a[a.isfinite()].abs().max()) if a.isfinite().any() else 0.0
+            share = apart / scale if scale else apart
+            small &= share <= _ROUNDING.get(a.dtype, 1e-4)
+            absolute, relative = max(absolute, apart), max(relative, share)
+    return Differences(absolute, relative, small)
+
+
+def peaks(model: nn.Module, inputs: Inputs, coupling: Coupling) -> Tensor:
+    """The largest magnitude with which each class of channels arrives at its consumers.
+
+    Seen in eval mode on the inputs and on random ones of the same form.
+    """
+    labels = {
+        dim: coupling.first[dim] + torch.arange(tensor.shape[dim.dim])
+        for dim, tensor in dims_of(model).items()
+    }
+    classes = torch.from_numpy(coupling.classes).long()
+    found = torch.zeros(int(classes.max()) + 1, dtype=torch.float64)
+    runs = [run_labels(model, inputs, labels, watch=True)[0]]
+    try:
+        runs.append(run_labels(model, inputs.random_like(), labels, watch=True)[0])
+    except Exception:  # whatever user code raises on random inputs
+        pass
+    for run in runs:
+        for seen, peak in run.peaks:
+            seen, peak = seen.cpu(), peak.cpu()
+            real = seen >= 0
+            found.scatter_reduce_(0, classes[seen[real]], peak[real], "amax")
+    return found
+
+
+@contextmanager
+def silenced(model: nn.Module, removals: Sequence[tuple[Axis, Tensor]]) -> Iterator[None]:
+    """A network that ignores some units: while this lasts, every layer's columns for them are 0."""
+    tensors = dict(model.named_parameters())
+    columns: dict[Dim, list[Tensor]] = {}
+    for axis, units in removals:
+        for slot in axis.having(CONSUME):
+            index = slot.index[units[slot.unit]]
+            columns.setdefault(Dim(slot.parameter, slot.dim), []).append(index)
+    saved = [(tensors[dim.parameter], tensors[dim.parameter].detach().clone()) for dim in columns]
+    try:
+        with torch.no_grad():
+            for dim, found in columns.items():
+                p = tensors[dim.parameter]
+                p.index_fill_(dim.dim, torch.cat(found).to(p.device), 0)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, copy in saved:
+                p.copy_(copy)

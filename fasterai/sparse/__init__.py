@@ -1,0 +1,1 @@
+"""Write zeros into weights; shapes stay."""

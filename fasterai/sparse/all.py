@@ -1,0 +1,6 @@
+"""Everything that writes zeros: `from fasterai.sparse.all import *`."""
+
+from ..core.criteria import *
+from ..core.schedule import *
+from .callback import *
+from .sparsifier import *

@@ -1,0 +1,170 @@
+"""What is zeroed together: groups of weights in a layer, or units over coupled layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..core.criteria import Criterion
+from ..core.granularity import over_groups
+from ..coupling.labels import PRODUCE, SCALE, SHIFT
+from ..coupling.ranking import unit_scores, zeroed_units
+from ..coupling.units import Axis
+
+__all__ = ["Groups", "LayerGroups", "UnitGroups"]
+
+
+class Groups(Protocol):
+    """The groups of one layer, or of one axis of coupled layers."""
+
+    name: str
+    layers: tuple[str, ...]
+
+    @property
+    def free(self) -> int:
+        """How many groups may be zeroed."""
+
+    @property
+    def size(self) -> int:
+        """How many groups there are, the pinned ones counted in."""
+
+    def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
+        """(free,) one score a group."""
+
+    def zeroed(self) -> Tensor:
+        """(free,) bool, the groups whose weights are all zero."""
+
+    def write(self, zero: Tensor, masks: Mapping[str, Tensor]) -> None:
+        """Put (free,) bool `zero` into the masks of the parameters these groups are made of."""
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """What the masks cover."""
+
+    def tally(self, macs: Mapping[str, int]) -> dict[str, int]:
+        """Weights (scored), parameters (masked) and MACs of these groups, and the zero ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGroups:
+    """Groups inside a single weight.
+
+    Args:
+        name: the layer.
+        parameter: name of its weight.
+        weight: the weight itself, of any shape.
+        along: the dimensions that index the groups.
+    """
+
+    name: str
+    parameter: str
+    weight: nn.Parameter
+    along: tuple[int, ...]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def free(self) -> int:
+        return self._shape.numel()
+
+    size = free
+
+    @property
+    def _shape(self) -> torch.Size:
+        return torch.Size(n if d in self.along else 1 for d, n in enumerate(self.weight.shape))
+
+    def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
+        scores = criterion(self.weight, self.parameter)
+        return over_groups(scores, self.along, criterion.reduce).flatten()
+
+    def zeroed(self) -> Tensor:
+        alive = over_groups(self.weight.detach() != 0, self.along, "any").flatten()
+        return ~alive & alive.any()  # a layer of zeros only is fresh, not pruned
+
+    def write(self, zero: Tensor, masks: Mapping[str, Tensor]) -> None:
+        masks[self.parameter].copy_(~zero.view(self._shape))
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return {self.parameter: self.weight}
+
+    def tally(self, macs: Mapping[str, int]) -> dict[str, int]:
+        size, zeros = self.weight.numel(), int((self.weight == 0).sum())
+        cost = macs.get(self.name, 0)
+        return _tally(size, zeros, size, zeros, cost, round(cost * zeros / max(size, 1)))
+
+
+@dataclass(frozen=True, eq=False)
+class UnitGroups:
+    """The free units of an axis: coupled filters with their biases, norm scales and shifts."""
+
+    axis: Axis
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        return self.axis.name
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return self.axis.producers
+
+    @property
+    def free(self) -> int:
+        return len(self.axis.free)
+
+    @property
+    def size(self) -> int:
+        return self.axis.size
+
+    def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
+        return unit_scores(self.tensors, self.axis, criterion, relative=relative)
+
+    def zeroed(self) -> Tensor:
+        zero = zeroed_units(self.tensors, self.axis)
+        return zero[self.axis.free.to(zero.device)]
+
+    def write(self, zero: Tensor, masks: Mapping[str, Tensor]) -> None:
+        gone = torch.zeros(self.axis.size, dtype=torch.bool)
+        gone[self.axis.free[zero.cpu()]] = True
+        for slot in self.axis.having(PRODUCE, SCALE, SHIFT):
+            mask = masks.get(slot.parameter)
+            if mask is not None:  # buffers are not masked
+                lost = gone[slot.unit]
+                mask.index_fill_(slot.dim, slot.index[~lost].to(mask.device), 1)
+                mask.index_fill_(slot.dim, slot.index[lost].to(mask.device), 0)
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        slots = self.axis.having(PRODUCE, SCALE, SHIFT)
+        return {s.parameter: self.tensors[s.parameter] for s in slots if s.parameter in self.tensors}
+
+    def tally(self, macs: Mapping[str, int]) -> dict[str, int]:
+        zero = zeroed_units(self.tensors, self.axis).cpu()
+        weights = zero_weights = parameters = zero_parameters = cost = zero_cost = 0
+        for slot in self.axis.having(PRODUCE, SCALE, SHIFT):
+            if slot.parameter not in self.tensors:
+                continue
+            rows = self.tensors[slot.parameter].shape[slot.dim]
+            each = self.tensors[slot.parameter].numel() // rows
+            here, lost = len(slot.index), int(zero[slot.unit].sum())
+            parameters += here * each
+            zero_parameters += lost * each
+            if slot.role == PRODUCE:
+                weights += here * each
+                zero_weights += lost * each
+                cost += round(macs.get(slot.module, 0) * here / rows)
+                zero_cost += round(macs.get(slot.module, 0) * lost / rows)
+        return _tally(weights, zero_weights, parameters, zero_parameters, cost, zero_cost)
+
+
+def _tally(*counts: int) -> dict[str, int]:
+    names = ("weights", "zero_weights", "parameters", "zero_parameters", "macs", "zero_macs")
+    return dict(zip(names, counts, strict=True))
