@@ -1,1 +1,1 @@
-"""What both halves share: schedules, granularities, criteria, masks. Knows tensors, not networks."""
+"""Schedules, granularities, criteria and masks: knows tensors, not networks."""

@@ -68,15 +68,14 @@ class Granularity:
             raise TypeError(f"granularity must be a string, got {self.name!r}")
         known = sorted({name for names in NAMES.values() for name in names})
         letters = self.name.split()
-        if self.name in known or (letters and len(set(letters)) == len(letters) <= 4):
-            if self.name in known or set(letters) <= set("oihw"):
-                return
-        near = get_close_matches(self.name, known)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"unknown granularity {self.name!r}{hint} Known: {', '.join(known)}, or a set of the "
-            f"dimensions o, i, h, w such as 'o h'"
-        )
+        as_set = letters and set(letters) <= set("oihw") and len(set(letters)) == len(letters)
+        if self.name not in known and not as_set:
+            near = get_close_matches(self.name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(
+                f"unknown granularity {self.name!r}{hint} Known: {', '.join(known)}, or a set of "
+                f"the dimensions o, i, h, w such as 'o h'"
+            )
 
     @property
     def is_filter(self) -> bool:

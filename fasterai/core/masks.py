@@ -81,8 +81,7 @@ def select(
     sizes = list(sizes or free)
     floors = [int(h.sum()) for h in held]
     most = [
-        max(limits.most(size, n), floor)
-        for size, n, floor in zip(sizes, free, floors, strict=True)
+        max(limits.most(size, n), floor) for size, n, floor in zip(sizes, free, floors, strict=True)
     ]
     if isinstance(counts, int):
         counts = _spread(scores, min(max(counts, sum(floors)), sum(most)), held, most)

@@ -12,9 +12,7 @@ __all__ = ["LayerChoice", "pick"]
 LayerChoice = str | type[nn.Module]
 
 
-def pick(
-    model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argument: str
-) -> set[str]:
+def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argument: str) -> set[str]:
     """Names of all modules that are chosen: by name, inside a named block, or by type.
 
     Raises:

@@ -55,9 +55,9 @@ class Schedule:
             raise ValueError(
                 f"every must be a number of steps >= 1, 'epoch' or None, got {self.every!r}"
             )
-        if isinstance(self.start, Integral) == isinstance(self.end, Integral):
-            if self.end < self.start:
-                raise ValueError(f"a schedule must end after it starts, got {self._span}")
+        comparable = isinstance(self.start, Integral) == isinstance(self.end, Integral)
+        if comparable and self.end < self.start:
+            raise ValueError(f"a schedule must end after it starts, got {self._span}")
 
     def __call__(self, p: float) -> float:
         """Share of the way at progress `p` through the span.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Inputs", "run_quietly", "tensors_in"]
+__all__ = ["Inputs", "plain_attention", "run_quietly", "tensors_in"]
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,14 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
     devices = {p.device for p in model.parameters()}
     gpus = [d for d in devices if d.type == "cuda"]
     try:
-        with torch.random.fork_rng(gpus), torch.no_grad():
-            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-                model.train(training)
-                yield
+        with (
+            torch.random.fork_rng(gpus),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            model.train(training)
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -146,3 +150,14 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
         with torch.no_grad():
             for buffer, copy in copies:
                 buffer.copy_(copy)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Let transformer layers run as views and matrix products, not as one fused operation."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

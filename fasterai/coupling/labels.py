@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .inputs import Inputs, run_quietly, tensors_in
+from .inputs import Inputs, plain_attention, run_quietly, tensors_in
 
 __all__ = ["FIXED", "Dim", "Field", "Run", "Tracer", "dims_of", "run_labels"]
 
@@ -160,7 +160,7 @@ def run_labels(
 ) -> tuple[Run, Any]:
     """Run `model` on `inputs` with these labels; returns what was said and the output."""
     tracer = Tracer(model, labels, watch=watch)
-    with run_quietly(model, training), tracer:
+    with run_quietly(model, training), plain_attention(), tracer:
         out = inputs(model)
     for x in tensors_in(out):
         tracer.pin(tracer.of(x), "network output")

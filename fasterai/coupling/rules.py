@@ -20,7 +20,9 @@ __all__ = ["RULES", "follow"]
 Rule = Callable[[Tracer, Any, tuple[Any, ...], Mapping[str, Any], Any], None]
 
 
-def follow(t: Tracer, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+def follow(
+    t: Tracer, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
+) -> None:
     """Pass the labels of the arguments of one aten operation on to its result."""
     name = func._schema.name.removeprefix("aten::")
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
@@ -48,8 +50,10 @@ def unknown(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def passes(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """The result has the shape of the first argument and, channel by channel, follows it."""
-    t.attach(out if isinstance(out, Tensor) else out[0], t.of(args[0]))
+    """The result follows the first argument along the dimensions where it has its size."""
+    x, result = args[0], out if isinstance(out, Tensor) else out[0]
+    same = [d for d in range(x.ndim) if x.ndim == result.ndim and x.shape[d] == result.shape[d]]
+    t.attach(result, [f for f in t.of(x) if set(f.dims) <= set(same)])
 
 
 # --- movement: the operation itself moves the labels ------------------------------------------
@@ -71,7 +75,9 @@ def movement(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         if _whole(f.labels, labels):
             fields.append(Field(labels, f.source))
         else:
-            t.pin([f], f"{func._schema.name.removeprefix('aten::')} splits or reorders the channels")
+            t.pin(
+                [f], f"{func._schema.name.removeprefix('aten::')} splits or reorders the channels"
+            )
     t.attach(out, fields)
 
 
@@ -92,12 +98,20 @@ def _compact(labels: Tensor) -> Tensor:
 
 
 def _whole(before: Tensor, after: Tensor) -> bool:
-    """Whether `after` runs through all of `before` in order, once or several times."""
+    """Whether both run through the same channels in the same order, once or several times."""
     if sum(n > 1 for n in after.shape) > 1:
         return False
-    old = before.flatten().unique_consecutive()
-    new = after.flatten().unique_consecutive()
-    return new.numel() % old.numel() == 0 and bool((new.view(-1, old.numel()) == old).all())
+    return torch.equal(_cycle(before.flatten()), _cycle(after.flatten()))
+
+
+def _cycle(labels: Tensor) -> Tensor:
+    """The sequence that `labels` repeats, neighbours of the same label counted once."""
+    line = labels.unique_consecutive()
+    again = (line[1:] == line[0]).nonzero()
+    period = int(again[0]) + 1 if len(again) else len(line)
+    if len(line) % period == 0 and bool((line.view(-1, period) == line[:period]).all()):
+        return line[:period]
+    return line
 
 
 def concatenation(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -114,6 +128,7 @@ def concatenation(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     shape = [1] * out.ndim
     shape[dim] = -1
     t.attach(out, [Field(torch.cat(rows).view(shape))])
+    return None
 
 
 def _row(t: Tracer, x: Tensor, dim: int) -> Tensor:
@@ -153,6 +168,7 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         fields[carriers[0].dims] = Field(carriers[0].labels)
     single = len(shapes) == 1
     t.attach(result, [f for _, f in pairs] if single else list(fields.values()))
+    return None
 
 
 def _aligned(t: Tracer, x: Tensor, ndim: int) -> tuple[tuple[int, ...], list[Field]]:
@@ -178,7 +194,7 @@ def _meet(
 
 
 def contraction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """mm and addmm: (N, K) @ (K, M). The labels along K join, those along N and M pass."""
+    """Mm and addmm: (N, K) @ (K, M). The labels along K join, those along N and M pass."""
     bias, (a, b) = (args[0], args[1:3]) if "addmm" in func._schema.name else (None, args[:2])
     rows, columns = t.along(a, 0), t.along(b, 1)
     _contract(t, a, 1, b, 0)
@@ -228,7 +244,9 @@ def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         _shift(t, out, made, bias, dim=1)
 
 
-def _depthwise(t: Tracer, x: Tensor, weight: Tensor, groups: int, made: Field | None) -> Field | None:
+def _depthwise(
+    t: Tracer, x: Tensor, weight: Tensor, groups: int, made: Field | None
+) -> Field | None:
     """Each channel has rows of its own: they live and die with it."""
     read = t.along(x, 1)
     if made is None or groups != x.shape[1]:
@@ -312,6 +330,6 @@ RULES: dict[str, Rule] = _table(
         reflection_pad2d replication_pad2d""",
     reduction="mean sum amax amin",
     passes="""native_dropout bernoulli empty_like zeros_like ones_like rand_like randn_like
-        full_like fill zero""",
-    pointwise="copy hardswish",
+        full_like new_empty new_zeros new_ones new_full fill zero""",
+    pointwise="copy hardswish _prelu_kernel",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from .inputs import Inputs
-from .labels import CONSUME, FOLLOW, PRODUCE, SCALE, SHIFT, Dim, Run, dims_of, run_labels
+from .labels import CONSUME, FIXED, FOLLOW, PRODUCE, SCALE, SHIFT, Dim, Run, dims_of, run_labels
 
 __all__ = ["Axis", "Coupling", "Slot", "couple", "replay"]
 
@@ -37,6 +37,11 @@ class Slot:
     role: str
     index: Tensor
     unit: Tensor
+
+    @property
+    def dimension(self) -> Dim:
+        """The dimension itself."""
+        return Dim(self.parameter, self.dim)
 
     @property
     def module(self) -> str:
@@ -81,9 +86,7 @@ class Axis:
     def pinned(self, reason: str, units: Sequence[int] | None = None) -> Axis:
         """The same axis with all (or these) units pinned; earlier reasons stay."""
         which = set(range(self.size) if units is None else units)
-        pins = (
-            pin or (reason if u in which else None) for u, pin in enumerate(self.pins)
-        )
+        pins = (pin or (reason if u in which else None) for u, pin in enumerate(self.pins))
         return Axis(self.name, self.size, self.slots, tuple(pins))
 
 
@@ -98,6 +101,7 @@ class Coupling:
         first: for each dimension, its first label; labels run on from there.
         classes: the class of joined labels of each label.
         pinned: which classes are pinned.
+        trains: whether the network also ran in train mode.
     """
 
     axes: tuple[Axis, ...]
@@ -106,10 +110,7 @@ class Coupling:
     first: Mapping[Dim, int]
     classes: np.ndarray
     pinned: np.ndarray
-
-    def axes_of(self, module: str) -> Iterator[Axis]:
-        """The axes whose channels a module produces."""
-        return (axis for axis in self.axes if module in axis.producers)
+    trains: bool
 
 
 def couple(model: nn.Module, inputs: Inputs) -> Coupling:
@@ -132,7 +133,9 @@ def couple(model: nn.Module, inputs: Inputs) -> Coupling:
     axes, order = _axes(model, labels, classes, runs, reasons)
     pinned = np.zeros(total, dtype=bool)
     pinned[list(reasons)] = True
-    return Coupling(axes, order, _outputs(runs, labels, order), first, classes, pinned)
+    return Coupling(
+        axes, order, _outputs(runs, labels, order), first, classes, pinned, len(runs) > 1
+    )
 
 
 def _number(model: nn.Module) -> tuple[dict[Dim, Tensor], dict[Dim, int]]:
@@ -310,17 +313,22 @@ def replay(
         dim: coupling.first[dim] + kept.get(dim, torch.arange(tensor.shape[dim.dim]))
         for dim, tensor in sizes.items()
     }
-    said, _ = run_labels(model, inputs, labels)
     free = np.append(~coupling.pinned, False)  # FIXED, the last one, is not free
     free[list(alone)] = False
+    for training in (False, True)[: 1 + coupling.trains]:
+        sized = inputs.at_least(2) if training else inputs
+        said, _ = run_labels(model, sized, labels, training=training)
+        _agree(said, coupling.classes, free)
+
+
+def _agree(said: Run, classes: np.ndarray, free: np.ndarray) -> None:
     for a, b in said.meetings:
         left, right = _vector(a), _vector(b)
-        ca = np.where(left >= 0, coupling.classes[left], -1)
-        cb = np.where(right >= 0, coupling.classes[right], -1)
-        wrong = (ca != cb) & (free[ca] | free[cb])
-        if wrong.any():
+        left = np.where(left >= 0, classes[left], FIXED)
+        right = np.where(right >= 0, classes[right], FIXED)
+        if ((left != right) & (free[left] | free[right])).any():
             raise RuntimeError("channels that do not belong together meet after the cut")
     for seen, reason in said.pins:
         known = _vector(seen)
-        if free[coupling.classes[known[known >= 0]]].any():
+        if free[classes[known[known >= 0]]].any():
             raise RuntimeError(f"after the cut, {reason}")

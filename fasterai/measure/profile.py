@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.benchmark import Measurement, Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..coupling.inputs import Inputs, run_quietly
+from ..coupling.inputs import Inputs, plain_attention, run_quietly
 
 __all__ = ["compare", "layer_costs", "macs", "profile"]
 
@@ -92,7 +92,9 @@ def _latency(
     for _ in range(_ROUNDS):
         for name, model in networks.items():
             with run_quietly(model):
-                timer = Timer("run(model)", globals={"run": inputs, "model": model}, num_threads=threads)
+                timer = Timer(
+                    "run(model)", globals={"run": inputs, "model": model}, num_threads=threads
+                )
                 taken[name].append(timer.blocked_autorange(min_run_time=seconds / _ROUNDS))
     return {name: Measurement.merge(runs)[0] for name, runs in taken.items()}
 
@@ -105,7 +107,7 @@ def macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """
     inputs = Inputs.of(example_inputs, samples=1)
     counter = FlopCounterMode(display=False)
-    with run_quietly(model), counter:
+    with run_quietly(model), plain_attention(), counter:
         inputs(model)
     root = type(model).__name__
     counts = counter.get_flop_counts()

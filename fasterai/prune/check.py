@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +107,7 @@ def silenced(model: nn.Module, removals: Sequence[tuple[Axis, Tensor]]) -> Itera
     for axis, units in removals:
         for slot in axis.having(CONSUME):
             index = slot.index[units[slot.unit]]
-            columns.setdefault(Dim(slot.parameter, slot.dim), []).append(index)
+            columns.setdefault(slot.dimension, []).append(index)
     saved = [(tensors[dim.parameter], tensors[dim.parameter].detach().clone()) for dim in columns]
     try:
         with torch.no_grad():

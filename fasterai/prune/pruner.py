@@ -16,7 +16,7 @@ from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.masks import Limits, as_fraction, select
 from ..core.names import LayerChoice, pick
 from ..coupling.inputs import Inputs
-from ..coupling.labels import Dim, dims_of
+from ..coupling.labels import PRODUCE, Dim, dims_of
 from ..coupling.ranking import unit_scores, zeroed_units
 from ..coupling.units import Axis, Coupling, couple, replay
 from ..measure.profile import layer_costs
@@ -105,10 +105,12 @@ class Pruner:
         plan = self._plan(decision)
         kept = self._kept(decision.remove)
         if not kept:
-            warnings.warn(f"nothing was removed: {self._why_nothing(sparsity, decision)}", stacklevel=2)
+            warnings.warn(
+                f"nothing was removed: {self._why_nothing(sparsity, decision)}", stacklevel=2
+            )
         cut(self.model, kept)
         self.plan, self._stay = plan, decision.stay
-        apart = decision.apart
+        apart = decision.apart if kept else Differences(0.0, 0.0, True)
         self.max_abs_diff = apart.absolute if apart else None
         self.max_rel_diff = apart.relative if apart else None
         self._couple()
@@ -135,7 +137,12 @@ class Pruner:
         """
         after = layer_costs(self.model, self.inputs)
         table = pd.DataFrame({"layer": self._before["layer"]})
-        for name, column in (("in", "in"), ("out", "out"), ("params", "parameters"), ("macs", "macs")):
+        for name, column in (
+            ("in", "in"),
+            ("out", "out"),
+            ("params", "parameters"),
+            ("macs", "macs"),
+        ):
             table[f"{name}_before"] = self._before[column]
             table[f"{name}_after"] = after[column]
         return table
@@ -242,11 +249,9 @@ class Pruner:
     def _classes(self, axis: Axis) -> Tensor:
         """(size,) the class of each unit."""
         found = torch.zeros(axis.size, dtype=torch.long)
-        slot = axis.slots[0]
-        first = self.coupling.first[Dim(slot.parameter, slot.dim)]
-        for s in axis.slots:
-            first = self.coupling.first[Dim(s.parameter, s.dim)]
-            found[s.unit] = torch.from_numpy(self.coupling.classes)[first + s.index].long()
+        classes = torch.from_numpy(self.coupling.classes).long()
+        for slot in axis.having(PRODUCE):
+            found[slot.unit] = classes[self.coupling.first[slot.dimension] + slot.index]
         return found
 
     def _kept(self, remove: dict[int, Tensor]) -> dict[Dim, Tensor]:
@@ -256,7 +261,7 @@ class Pruner:
             for slot in self._axes[a].slots:
                 index = slot.index[units[slot.unit]]
                 if index.numel():
-                    dim = Dim(slot.parameter, slot.dim)
+                    dim = slot.dimension
                     mark = gone.setdefault(dim, torch.zeros(self._shapes[dim], dtype=torch.bool))
                     mark[index] = True
         return {dim: (~mark).nonzero().flatten() for dim, mark in gone.items()}

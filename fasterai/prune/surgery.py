@@ -25,20 +25,25 @@ def cut(model: nn.Module, kept: Mapping[Dim, Tensor]) -> Callable[[], None]:
         kept: for each dimension to cut, the sorted positions that stay.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    plans: dict[str, dict[int, Tensor]] = {}
+    cuts: dict[str, dict[int, Tensor]] = {}
     for dim, index in kept.items():
-        plans.setdefault(dim.parameter, {})[dim.dim] = index
+        cuts.setdefault(dim.parameter, {})[dim.dim] = index
+    smaller = {name: _smaller(tensors[name], by_dim) for name, by_dim in cuts.items()}
+    owners = _owners(model, {id(tensors[name]) for name in cuts})
     undo: list[Callable[[], None]] = []
-    with torch.no_grad():
-        for name, cuts in plans.items():
-            undo.append(_swap(tensors[name], _smaller(tensors[name], cuts)))
-    for module in _owners(model, plans):
-        undo.extend(_mend(module))
 
     def put_back() -> None:
         for step in reversed(undo):
             step()
 
+    try:
+        for name, data in smaller.items():
+            undo.append(_swap(tensors[name], data))
+        for module in owners:
+            undo.extend(_mend(module))
+    except BaseException:  # an interrupt, too, must not leave half a cut
+        put_back()
+        raise
     return put_back
 
 
@@ -55,7 +60,8 @@ def _smaller(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
 def _swap(tensor: Tensor, data: Tensor) -> Callable[[], None]:
     before, gradient = tensor.detach(), tensor.grad
     tensor.grad = None
-    tensor.set_(data)
+    with torch.no_grad():
+        tensor.set_(data)
 
     def put_back() -> None:
         with torch.no_grad():
@@ -65,10 +71,12 @@ def _swap(tensor: Tensor, data: Tensor) -> Callable[[], None]:
     return put_back
 
 
-def _owners(model: nn.Module, names: Mapping[str, Any]) -> list[nn.Module]:
-    found = {id(t) for n, t in [*model.named_parameters(), *model.named_buffers()] if n in names}
+def _owners(model: nn.Module, ids: set[int]) -> list[nn.Module]:
+    """The modules that hold one of these tensors."""
     return [
-        m for m in model.modules() if any(id(t) in found for t in [*m._parameters.values(), *m._buffers.values()])
+        m
+        for m in model.modules()
+        if any(id(t) in ids for t in (*m._parameters.values(), *m._buffers.values()))
     ]
 
 

@@ -17,7 +17,8 @@ from ..core.masks import Limits, as_fraction
 from ..core.names import LayerChoice
 from ..core.schedule import Schedule, agp, as_schedule
 from ..measure.pictures import plot_steps
-from .sparsifier import NothingToSparsify, Sparsifier
+from .choose import NothingToSparsify
+from .sparsifier import Sparsifier
 
 __all__ = ["SparsifyCallback"]
 
@@ -134,7 +135,9 @@ class SparsifyCallback(Callback):
         if not self.history:
             raise RuntimeError("nothing to plot yet: fit with this callback first")
         title = f"{self.granularity} sparsity, schedule {self.schedule.name or 'of your own'}"
-        return plot_steps(self.history, self._total, ylabel="share of groups at zero", title=title, ax=ax)
+        return plot_steps(
+            self.history, self._total, ylabel="share of groups at zero", title=title, ax=ax
+        )
 
     # --- inside --------------------------------------------------------------------------------
 

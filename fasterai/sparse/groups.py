@@ -144,7 +144,9 @@ class UnitGroups:
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
         slots = self.axis.having(PRODUCE, SCALE, SHIFT)
-        return {s.parameter: self.tensors[s.parameter] for s in slots if s.parameter in self.tensors}
+        return {
+            s.parameter: self.tensors[s.parameter] for s in slots if s.parameter in self.tensors
+        }
 
     def tally(self, macs: Mapping[str, int]) -> dict[str, int]:
         zero = zeroed_units(self.tensors, self.axis).cpu()

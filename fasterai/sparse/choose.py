@@ -1,0 +1,193 @@
+"""Which groups of a network may be zeroed, and why others may not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.granularity import Granularity, dimensions, maskable_types
+from ..core.names import LayerChoice, pick
+from ..coupling.inputs import Inputs
+from ..coupling.labels import PRODUCE, SCALE, SHIFT
+from ..coupling.units import Axis, Coupling, couple
+from .groups import Groups, LayerGroups, UnitGroups
+
+__all__ = ["Choice", "NothingToSparsify", "choose"]
+
+_FROZEN = "frozen (requires_grad is False)"
+
+
+class NothingToSparsify(ValueError):
+    """No group of the chosen layers may be zeroed; `frozen` where that is because of freezing."""
+
+    def __init__(self, message: str, frozen: bool) -> None:
+        super().__init__(message)
+        self.frozen = frozen
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What may be zeroed.
+
+    Args:
+        groups: by layer, or by axis of coupled layers.
+        skipped: why a layer is left alone.
+        inputs: what the network was run on; None where it was not.
+        frozen_share: the share of the weights of the chosen layers that is frozen.
+    """
+
+    groups: tuple[Groups, ...]
+    skipped: Mapping[str, str]
+    inputs: Inputs | None
+    frozen_share: float
+
+
+def choose(
+    model: nn.Module,
+    granularity: Granularity,
+    layers: LayerChoice | Iterable[LayerChoice] | None,
+    exclude: LayerChoice | Iterable[LayerChoice],
+    example_inputs: Any,
+) -> Choice:
+    """Find the groups of a network; see `Sparsifier` for the arguments.
+
+    Raises:
+        NothingToSparsify: there are none; the reasons are told.
+    """
+    chosen = _chosen(model, layers, exclude)
+    inputs, coupling = _coupled(model, example_inputs, granularity.is_filter)
+    if granularity.is_filter and coupling is not None:
+        groups, skipped = _units(model, coupling, chosen)
+    else:
+        outputs = _output_layers(model, coupling) if layers is None else ()
+        groups, skipped = _inside_layers(model, granularity, chosen, outputs)
+    if not groups:
+        raise NothingToSparsify(_nothing(granularity, skipped), _FROZEN in skipped.values())
+    weights = [m.weight for n, m in chosen.items() if skipped.get(n) != "network output"]
+    frozen = sum(w.numel() for w in weights if not w.requires_grad)
+    share = frozen / max(sum(w.numel() for w in weights), 1)
+    return Choice(tuple(groups), skipped, inputs, share)
+
+
+def _inside_layers(
+    model: nn.Module,
+    granularity: Granularity,
+    chosen: Mapping[str, nn.Module],
+    outputs: Sequence[str],
+) -> tuple[list[Groups], dict[str, str]]:
+    parameters = {id(p): name for name, p in model.named_parameters()}
+    groups: dict[int, Groups] = {}
+    skipped: dict[str, str] = {}
+    for name, layer in chosen.items():
+        along = granularity.along(dimensions(layer) or "")
+        if name in outputs:
+            skipped[name] = "network output"
+        elif along is None:
+            skipped[name] = f"{type(layer).__name__} has no granularity {granularity.name!r}"
+        elif id(layer.weight) not in parameters:
+            skipped[name] = "its weight is computed (a parametrization), not a parameter"
+        elif not layer.weight.requires_grad:
+            skipped[name] = _FROZEN
+        elif id(layer.weight) not in groups and layer.weight.numel():
+            parameter = parameters[id(layer.weight)]
+            groups[id(layer.weight)] = LayerGroups(name, parameter, layer.weight, along)
+    return list(groups.values()), skipped
+
+
+def _units(
+    model: nn.Module, coupling: Coupling, chosen: Mapping[str, nn.Module]
+) -> tuple[list[Groups], dict[str, str]]:
+    tensors = dict(model.named_parameters())
+    groups: list[Groups] = []
+    skipped: dict[str, str] = {}
+    seen: set[str] = set()
+    for axis in coupling.axes:
+        seen.update(axis.producers)
+        if not set(axis.producers) & set(chosen):
+            continue
+        axis = _without(axis, chosen, tensors)
+        if len(axis.free):
+            groups.append(UnitGroups(axis, tensors))
+        else:
+            skipped[axis.name] = axis.pins[0] or ""
+    for name in chosen:
+        if name not in seen:
+            skipped[name] = "never run on the example inputs, or of a single channel"
+    return groups, skipped
+
+
+def _without(axis: Axis, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Axis:
+    """The axis with its units pinned where layers coupled to it are not chosen, or frozen."""
+    for slot in axis.having(PRODUCE):
+        if slot.module not in chosen:
+            units = slot.unit.tolist()
+            axis = axis.pinned(f"coupled to {slot.module!r}, which is not chosen", units)
+    for slot in axis.having(PRODUCE, SCALE, SHIFT):
+        p = tensors.get(slot.parameter)
+        if p is not None and not p.requires_grad:
+            axis = axis.pinned(_FROZEN, slot.unit.tolist())
+    return axis
+
+
+def _chosen(model: nn.Module, layers: Any, exclude: Any) -> dict[str, nn.Module]:
+    names = None if layers is None else pick(model, layers, "layers")
+    left_out = pick(model, exclude, "exclude")
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, maskable_types())
+        and name not in left_out
+        and (names is None or name in names)
+    }
+
+
+def _coupled(
+    model: nn.Module, example_inputs: Any, needed: bool
+) -> tuple[Inputs | None, Coupling | None]:
+    guessed = example_inputs is None
+    if guessed:
+        example_inputs = _default_inputs(model)
+    if example_inputs is None:
+        if needed:
+            raise ValueError("granularity 'filter' needs example_inputs, to see what is coupled")
+        return None, None
+    inputs = Inputs.of(example_inputs)
+    inputs.check(model)
+    try:
+        return inputs, couple(model, inputs)
+    except ValueError as error:
+        if guessed and needed:
+            raise ValueError(
+                f"pass example_inputs: on a random image of 64 x 64, {error}"
+            ) from error
+        if guessed:
+            return None, None
+        raise
+
+
+def _default_inputs(model: nn.Module) -> Tensor | None:
+    first = next((m for m in model.modules() if isinstance(m, maskable_types())), None)
+    if not isinstance(first, nn.Conv2d):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, first.in_channels, 64, 64, generator=generator).to(first.weight)
+
+
+def _output_layers(model: nn.Module, coupling: Coupling | None) -> tuple[str, ...]:
+    """The layers that make the outputs; without a run, the last one registered."""
+    if coupling is not None:
+        return coupling.outputs
+    names = [name for name, m in model.named_modules() if isinstance(m, maskable_types())]
+    return tuple(names[-1:])
+
+
+def _nothing(granularity: Granularity, skipped: Mapping[str, str]) -> str:
+    if not skipped:
+        kinds = ", ".join(t.__name__ for t in maskable_types())
+        return f"the model has nothing to sparsify: no layer of the types {kinds} is chosen"
+    reasons = "; ".join(f"{k}: {why}" for k, why in list(skipped.items())[:5])
+    return f"the model has nothing to sparsify by {granularity.name!r}: {reasons}"
