@@ -203,4 +203,4 @@ def apart(before, after):
     """The largest difference, relative to the largest output."""
     pairs = list(zip(tensors(before), tensors(after), strict=True))
     assert all(a.shape == b.shape for a, b in pairs)
-    return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+    return max(float(((a - b).abs().max() / a.abs().max()).detach()) for a, b in pairs)

@@ -112,6 +112,14 @@ class Coupling:
     pinned: np.ndarray
     trains: bool
 
+    def classes_of(self, axis: Axis) -> Tensor:
+        """(size,) the class of each unit of an axis."""
+        found = torch.zeros(axis.size, dtype=torch.long)
+        classes = torch.from_numpy(self.classes).long()
+        for slot in axis.having(PRODUCE):
+            found[slot.unit] = classes[self.first[slot.dimension] + slot.index]
+        return found
+
 
 def couple(model: nn.Module, inputs: Inputs) -> Coupling:
     """Find the units of a network by running it on labels, in eval and in train mode.

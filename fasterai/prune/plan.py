@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["AxisCut", "Plan"]
+import torch
+from torch import Tensor, nn
+
+from ..coupling.labels import Dim, dims_of
+from ..coupling.units import Axis
+
+__all__ = ["AxisCut", "Plan", "Removal", "make_plan", "positions_kept"]
+
+# For some axes, by their place in the list of all: bool (size,), True = this unit goes.
+Removal = Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,3 +53,31 @@ class Plan:
             f"Plan(removes {self.removed} of {sum(a.before for a in self.axes)} units, "
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters)"
         )
+
+
+def positions_kept(model: nn.Module, axes: Sequence[Axis], remove: Removal) -> dict[Dim, Tensor]:
+    """The positions that stay along each dimension that loses some."""
+    sizes = {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()}
+    stays: dict[Dim, Tensor] = {}
+    for a, units in remove.items():
+        for slot in axes[a].slots:
+            index = slot.index[units[slot.unit]]
+            if index.numel():
+                dim = slot.dimension
+                stays.setdefault(dim, torch.ones(sizes[dim], dtype=torch.bool))[index] = False
+    return {dim: mark.nonzero().flatten() for dim, mark in stays.items()}
+
+
+def make_plan(model: nn.Module, axes: Sequence[Axis], remove: Removal) -> Plan:
+    """The plan of a removal, before it is carried out."""
+    kept: dict[str, dict[int, tuple[int, ...]]] = {}
+    for dim, index in positions_kept(model, axes, remove).items():
+        kept.setdefault(dim.parameter, {})[dim.dim] = tuple(index.tolist())
+    before = after = 0
+    for name, p in model.named_parameters():
+        cuts = kept.get(name, {})
+        before += p.numel()
+        after += math.prod(len(cuts[d]) if d in cuts else n for d, n in enumerate(p.shape))
+    lost = {a: int(units.sum()) for a, units in remove.items()}
+    widths = (AxisCut(x.name, x.size, x.size - lost.get(a, 0)) for a, x in enumerate(axes))
+    return Plan(kept, tuple(widths), before, after)

@@ -58,7 +58,8 @@ def choose(
     Raises:
         NothingToSparsify: there are none; the reasons are told.
     """
-    chosen = _chosen(model, layers, exclude)
+    kinds = maskable_types() if not granularity.is_filter else (nn.Module,)
+    chosen = _chosen(model, layers, exclude, kinds)
     inputs, coupling = _coupled(model, example_inputs, granularity.is_filter)
     if granularity.is_filter and coupling is not None:
         groups, skipped = _units(model, coupling, chosen)
@@ -67,7 +68,11 @@ def choose(
         groups, skipped = _inside_layers(model, granularity, chosen, outputs)
     if not groups:
         raise NothingToSparsify(_nothing(granularity, skipped), _FROZEN in skipped.values())
-    weights = [m.weight for n, m in chosen.items() if skipped.get(n) != "network output"]
+    weights = [
+        m.weight
+        for name, m in chosen.items()
+        if isinstance(m, maskable_types()) and skipped.get(name) != "network output"
+    ]
     frozen = sum(w.numel() for w in weights if not w.requires_grad)
     share = frozen / max(sum(w.numel() for w in weights), 1)
     return Choice(tuple(groups), skipped, inputs, share)
@@ -114,8 +119,8 @@ def _units(
             groups.append(UnitGroups(axis, tensors))
         else:
             skipped[axis.name] = axis.pins[0] or ""
-    for name in chosen:
-        if name not in seen:
+    for name, layer in chosen.items():
+        if isinstance(layer, maskable_types()) and name not in seen:
             skipped[name] = "never run on the example inputs, or of a single channel"
     return groups, skipped
 
@@ -133,15 +138,15 @@ def _without(axis: Axis, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor
     return axis
 
 
-def _chosen(model: nn.Module, layers: Any, exclude: Any) -> dict[str, nn.Module]:
+def _chosen(
+    model: nn.Module, layers: Any, exclude: Any, kinds: tuple[type[nn.Module], ...]
+) -> dict[str, nn.Module]:
     names = None if layers is None else pick(model, layers, "layers")
     left_out = pick(model, exclude, "exclude")
     return {
         name: m
         for name, m in model.named_modules()
-        if isinstance(m, maskable_types())
-        and name not in left_out
-        and (names is None or name in names)
+        if isinstance(m, kinds) and name not in left_out and (names is None or name in names)
     }
 
 

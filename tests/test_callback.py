@@ -1,0 +1,330 @@
+"""The callback in real fastai fits."""
+
+import random
+import warnings
+
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelFitException, CancelStepException
+from fastai.callback.schedule import minimum  # noqa: F401  (patches Learner with fit_one_cycle, lr_find)
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner, load_learner
+from fastai.metrics import accuracy
+from fastai.optimizer import SGD, Adam
+from networks import Residual, conv, make
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fasterai.core.criteria import large_final
+from fasterai.core.schedule import agp, lin, one_shot
+from fasterai.prune.pruner import Pruner
+from fasterai.sparse.callback import SparsifyCallback
+
+
+class Items(TensorDataset):
+    def new_empty(self):
+        return Items(*(t[:0] for t in self.tensors))
+
+
+def data(n=64, bs=8):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 3, 8, 8, generator=generator)
+    y = (x.mean((1, 2, 3)) > 0).long() + 2 * (x[:, 0].mean((1, 2)) > 0).long()
+    items = Items(x, y)
+    train = DataLoader(items, bs=bs, shuffle=True, num_workers=0)
+    return DataLoaders(train, DataLoader(items, bs=32, num_workers=0), device="cpu")
+
+
+def learner(model=None, **kwargs):
+    torch.manual_seed(0)
+    random.seed(0)  # fastai's DataLoader shuffles by it
+    loss = nn.CrossEntropyLoss()
+    learn = Learner(data(), model or make(Residual), loss, metrics=accuracy, lr=1e-2, **kwargs)
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda _: None
+    return learn
+
+
+def filters_at_zero(layer):
+    return int((layer.weight.flatten(1) == 0).all(1).sum())
+
+
+class Watch(Callback):
+    """After every step: what is zero is +0.0, and how many filters that is."""
+
+    order = 99
+
+    def __init__(self, layer="c1", norm="bn1"):
+        self.layer, self.norm, self.seen, self.inside = layer, norm, [], True
+
+    def after_batch(self):
+        if self.training:
+            layer = self.learn.model.get_submodule(self.layer)
+            norm = self.learn.model.get_submodule(self.norm)
+            zero = (layer.weight.flatten(1) == 0).all(1)
+            quiet = [layer.weight[zero], norm.weight[zero], norm.bias[zero]]
+            self.inside &= not any(q.count_nonzero() or q.signbit().any() for q in quiet)
+            self.seen.append(int(zero.sum()))
+
+
+@pytest.mark.parametrize("opt_func", [SGD, Adam])
+def test_sparsity_follows_the_schedule_and_zeros_hold(opt_func):
+    learn = learner(opt_func=opt_func)
+    cb, watch = SparsifyCallback(0.5, "filter"), Watch()
+    learn.fit(5, cbs=[cb, watch])
+    shares = dict(agp.updates(40))
+    expected, now = [], 0
+    for t in range(1, 41):
+        now = round(0.5 * shares[t] * 16) if t in shares else now
+        expected.append(now)
+    assert watch.seen == expected and watch.inside
+    assert [t for t, _ in cb.history] == [t for t, _ in agp.updates(40)]
+    table = cb.report().set_index("layer")
+    assert table.loc["c1", "zeros"] == 8 and table.loc["total", "reached"] == 0.5
+    assert len(cb.plot_sparsity().get_lines()[0].get_xdata()) == len(cb.history) + 2
+
+
+def test_the_training_table_has_a_column():
+    learn = learner()
+    rows = []
+    learn.logger = rows.append
+    learn.fit(2, cbs=SparsifyCallback(0.5, schedule=lin.over(start=0.0, end=1.0)))
+    names = list(learn.recorder.metric_names)
+    assert names == ["epoch", "train_loss", "valid_loss", "accuracy", "sparsity", "time"]
+    column = names.index("sparsity")
+    assert [round(r[column], 2) for r in rows] == [0.25, 0.5] and all(len(r) == 6 for r in rows)
+    learn.fit(1)
+    assert "sparsity" not in learn.recorder.metric_names and len(rows[-1]) == 5
+
+
+def test_validate_get_preds_and_lr_find_are_left_alone(tmp_path):
+    learn = learner(
+        cbs=SparsifyCallback(0.5, schedule=one_shot.over(start=0, end=0)), path=tmp_path
+    )
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    assert len(learn.validate()) == 2
+    learn.get_preds()
+    with learn.no_bar():
+        learn.lr_find(num_it=5, show_plot=False)
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+    learn.fit(1)
+    assert int((learn.model.c1.weight == 0).sum()) == learn.model.c1.weight.numel() // 2
+    assert len(learn.validate()) == 2
+
+
+@pytest.mark.parametrize("fit", ["fit", "fit_one_cycle", "fit_flat_cos"])
+def test_all_ways_to_fit(fit):
+    learn = learner()
+    getattr(learn, fit)(2, cbs=SparsifyCallback(0.5, "filter"))
+    assert filters_at_zero(learn.model.c1) == 8
+
+
+def test_fine_tune_leaves_the_frozen_body_alone_then_sparsifies_it():
+    def splitter(m):
+        body = [m.stem, m.bn0, m.c1, m.bn1, m.c2, m.bn2, m.c3, m.bn3]
+        return [[p for layer in body for p in layer.parameters()], list(m.head.parameters())]
+
+    learn = learner(splitter=splitter)
+    watch = Watch()
+    with pytest.warns(UserWarning, match=r"learn\.unfreeze\(\)"):
+        learn.fine_tune(2, cbs=[SparsifyCallback(0.5, "filter"), watch])
+    assert watch.seen[:8] == [0] * 8 and watch.seen[-1] == 8
+
+
+def test_a_second_fit_goes_on_where_the_first_stopped():
+    learn = learner()
+    learn.fit(2, cbs=SparsifyCallback(0.25, "filter"))
+    zero = (learn.model.c1.weight.flatten(1) == 0).all(1)
+    watch = Watch()
+    learn.fit(2, cbs=[SparsifyCallback(0.5, "filter"), watch])
+    assert watch.seen[0] == 4 and watch.seen[-1] == 8 and watch.inside
+    assert (learn.model.c1.weight[zero] == 0).all()
+    learn.fit(1, cbs=[SparsifyCallback(0.1, "filter"), watch])
+    assert watch.seen[-1] == 8
+
+
+def test_initial_sparsity_and_sparsity_by_layer():
+    learn = learner()
+    watch = Watch()
+    learn.fit(2, cbs=[SparsifyCallback((0.25, 0.75), "filter", schedule=lin.over(0.0, 0.5)), watch])
+    assert watch.seen[0] >= 4 and watch.seen[-1] == 12
+    learn = learner()
+    learn.fit(1, cbs=SparsifyCallback({"c1": 0.5}, "filter"))
+    assert filters_at_zero(learn.model.c1) == 8 and filters_at_zero(learn.model.stem) == 0
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+def test_zero_sparsity_trains_bit_for_bit_like_no_callback(granularity):
+    states = []
+    for cbs in ([], [SparsifyCallback(0.0, granularity)]):
+        learn = learner()
+        torch.manual_seed(1)
+        learn.fit(2, cbs=cbs)
+        states.append(learn.model.state_dict())
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+def test_two_callbacks_and_two_learners_do_not_touch_each_other():
+    cb = SparsifyCallback(0.5, "filter")
+    one, two = learner(), learner()
+    one.fit(2, cbs=cb)
+    two.fit(2, cbs=cb)
+    alone = learner()
+    alone.fit(2, cbs=SparsifyCallback(0.5, "filter"))
+    for k, v in alone.model.state_dict().items():
+        assert torch.equal(v, one.model.state_dict()[k]) and torch.equal(
+            v, two.model.state_dict()[k]
+        )
+    both = learner()
+    both.fit(1, cbs=[SparsifyCallback(0.5, layers="c1"), SparsifyCallback(0.25, layers="c2")])
+    assert int((both.model.c1.weight == 0).sum()) == both.model.c1.weight.numel() // 2
+    assert int((both.model.c2.weight == 0).sum()) == both.model.c2.weight.numel() // 4
+
+
+class Fail(Callback):
+    order = -90
+
+    def __init__(self, error, event, at):
+        self.error, self.event, self.at = error, event, at
+
+    def before_step(self):
+        if self.event == "before_step" and self.at(self):
+            raise self.error
+
+    def after_batch(self):
+        if self.event == "after_batch" and self.training and self.at(self):
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("boom"), CancelFitException()])
+def test_after_an_interrupt_the_model_is_usable_and_clean(error):
+    learn = learner()
+    keys = list(learn.model.state_dict())
+    fail = Fail(error, "after_batch", lambda s: s.epoch == 1 and s.iter == 4)
+    cb = SparsifyCallback(0.5, "filter", schedule=lin.over(0.0, 0.5))
+    try:
+        learn.fit(3, cbs=[cb, fail])
+    except (KeyboardInterrupt, ValueError):
+        pass
+    model = learn.model
+    assert cb not in learn.cbs and list(model.state_dict()) == keys
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    zeros = filters_at_zero(model.c1)
+    assert zeros > 0
+    learn.fit(1)  # without the callback all weights are free again
+    assert filters_at_zero(model.c1) < zeros or zeros == 0
+    learn.fit(2, cbs=cb)
+    assert filters_at_zero(model.c1) == 8
+
+
+def test_skipped_steps():
+    learn = learner()
+    fail = Fail(CancelStepException(), "before_step", lambda s: s.iter % 2 == 0)
+    watch = Watch()
+    learn.fit(4, cbs=[SparsifyCallback(0.5, "filter"), fail, watch])
+    assert watch.seen[-1] == 8 and watch.inside
+
+
+def test_training_goes_on_with_the_pruned_network():
+    learn = learner()
+    learn.fit(2, cbs=SparsifyCallback(0.5, "filter"))
+    x = learn.dls.one_batch()[0]
+    before = learn.model.eval()(x).detach()
+    pruner = Pruner(learn.model, x)
+    pruner.prune_model()
+    assert torch.allclose(learn.model.eval()(x), before, atol=1e-6)
+    assert learn.model.c1.out_channels == 8 and pruner.report().iloc[-1]["params_after"] == sum(
+        p.numel() for p in learn.model.parameters()
+    )
+    weights = [p.detach().clone() for p in learn.model.parameters()]
+    learn.fit(2, reset_opt=True)
+    assert all(
+        not torch.equal(a, b) for a, b in zip(weights, learn.model.parameters(), strict=True)
+    )
+
+
+def test_save_load_and_export(tmp_path):
+    cb = SparsifyCallback(0.5, "filter")
+    learn = learner(cbs=cb, path=tmp_path)
+    learn.fit(2)
+    learn.save("sparse")
+    learn.export("sparse.pkl")
+    zeros = filters_at_zero(learn.model.c1)
+    assert zeros == 8
+    learn.fit(1)
+    learn.load("sparse")
+    assert filters_at_zero(learn.model.c1) == zeros
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = load_learner(tmp_path / "sparse.pkl")
+    assert filters_at_zero(loaded.model.c1) == zeros
+
+
+def test_schedules_that_do_not_fit_are_warned_of():
+    with pytest.warns(UserWarning, match="never fires: it starts at step 500, the fit has 8"):
+        learner().fit(1, cbs=SparsifyCallback(0.5, schedule=agp.over(start=500, end=600)))
+    with pytest.warns(UserWarning, match="target is not reached.*ends at step 20"):
+        learner().fit(1, cbs=SparsifyCallback(0.5, schedule=agp.over(start=0, end=20)))
+
+
+def test_a_schedule_of_ones_own_and_once_an_epoch():
+    learn = learner()
+    cb = SparsifyCallback(0.5, schedule=lambda p: p**2)
+    learn.fit(2, cbs=cb)
+    assert cb.history[-1] == (16, 0.5) and len(cb.history) == 17
+    cb = SparsifyCallback(0.75, schedule=lin.over(0.0, 1.0, every="epoch"))
+    learn.fit(2, cbs=cb)
+    assert [t for t, _ in cb.history] == [0, 8, 16]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((40,), "for 40% pass 0.4"),
+        ((-0.1,), "fraction in"),
+        ((float("nan"),), "fraction in"),
+        (("0.5",), "fraction in"),
+        (((0.5, 0.2),), "must not be below"),
+        (((0.1, 0.2, 0.3),), "initial, final"),
+        (({},), "at least one layer"),
+        ((0.5, "filtre"), "did you mean 'filter'"),
+        ((0.5, "filter", "globl"), "context"),
+        ((0.5, "filter", "local", "large"), "criteria must be"),
+        ((0.5, "filter", "local", large_final, 0.3), "schedule must be"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        SparsifyCallback(*arguments)
+
+
+@pytest.mark.parametrize(
+    "cb, message",
+    [
+        (lambda: SparsifyCallback(0.5, layers="c11"), "did you mean 'c1'"),
+        (lambda: SparsifyCallback({"c11": 0.5}), "did you mean 'c1'"),
+        (lambda: SparsifyCallback(0.5, schedule=lambda p: 2.0), "share of the way"),
+        (lambda: SparsifyCallback(0.5, criteria=lambda w: w.sum()), "one score per weight"),
+        (lambda: SparsifyCallback(0.5, layers=nn.LSTM), "nothing to sparsify"),
+        (lambda: SparsifyCallback(0.5, example_inputs=torch.zeros(1, 2)), "could not be run"),
+    ],
+)
+def test_what_only_the_fit_can_see_is_refused_before_a_weight_is_zero(cb, message):
+    learn = learner()
+    with pytest.raises(Exception, match=message):
+        learn.fit(1, cbs=cb())
+    assert all(p.count_nonzero() == p.numel() for p in learn.model.parameters())
+
+
+def test_a_model_of_frozen_layers_only_trains_on_with_a_warning():
+    learn = learner(
+        nn.Sequential(conv(3, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    )
+    learn.model[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match="nothing to sparsify.*unfreeze"):
+        learn.fit(1, cbs=SparsifyCallback(0.5, "filter"))
+    assert learn.recorder.values[-1][-1] == 0.0
+    with pytest.raises(RuntimeError, match="fit with this callback first"):
+        SparsifyCallback(0.5).report()

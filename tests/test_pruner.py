@@ -1,0 +1,400 @@
+"""Removal is exact, no network breaks, nothing is left behind."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import ALL, Gated, Parted, Plain, Residual, TwoHeads, apart, conv, images, make
+from torch import nn
+
+from fasterai.core.criteria import random_scores, squared_final
+from fasterai.coupling.inputs import Inputs
+from fasterai.coupling.units import couple
+from fasterai.prune.pruner import Pruner
+from fasterai.sparse.sparsifier import Sparsifier
+
+EXACT = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def free_units(model):
+    return sum(len(a.free) for a in couple(model, Inputs.of(images(dtype=dtype_of(model)))).axes)
+
+
+def dtype_of(model):
+    return next(model.parameters()).dtype
+
+
+def size(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("kind", ALL)
+def test_zeroed_units_are_removed_and_nothing_else_changes(kind, dtype):
+    model = make(kind, dtype)
+    x = images(dtype=dtype)
+    Sparsifier(model, "filter", example_inputs=x).sparsify_model(0.5)
+    dense = copy.deepcopy(model)
+    keys, ids = list(model.state_dict()), [id(p) for p in model.parameters()]
+    free = free_units(model)
+    pruner = Pruner(model, x)
+    assert pruner.prune_model() is model
+    assert len(pruner.kept()) == 0
+    gone = sum(a.before - a.after for a in pruner.plan.axes)
+    assert (
+        gone == sum(round(0.5 * len(a.free)) for a in couple(dense, Inputs.of(x)).axes) > 0.4 * free
+    )
+    for seed in range(3):
+        other = images(3, 24 if kind is not Parted else 16, dtype, seed)
+        assert apart(dense(other), model(other)) < EXACT[dtype]
+    assert pruner.max_rel_diff < EXACT[dtype]
+    assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == ids
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not model.training
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.99])
+def test_ranked_units_are_removed_and_the_rest_computes_on(kind, context, sparsity):
+    model = make(kind)
+    dense, free = copy.deepcopy(model), free_units(model)
+    axes = couple(model, Inputs.of(images())).axes
+    pruner = Pruner(model, images())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner.prune_model(sparsity, context=context)
+    if context == "local":
+        expected = sum(min(round(sparsity * len(a.free)), a.size - 1) for a in axes if len(a.free))
+    else:
+        most = sum(min(len(a.free), a.size - 1) for a in axes)
+        expected = min(round(sparsity * free), most)
+    assert pruner.plan.removed == expected
+    # An independent reference: in the dense network, whatever reads a removed channel ignores it.
+    with torch.no_grad():
+        state = dense.state_dict()
+        for axis, cut in zip(axes, pruner.plan.axes, strict=True):
+            slot = axis.having("produce")[0]
+            kept = pruner.plan.kept.get(slot.parameter, {}).get(
+                slot.dim, range(state[slot.parameter].shape[slot.dim])
+            )
+            lost = set(slot.unit.tolist()) - {
+                int(u) for i, u in zip(slot.index, slot.unit, strict=True) if int(i) in set(kept)
+            }
+            assert len(lost) == cut.before - cut.after
+            for s in axis.having("consume"):
+                where = [int(i) for i, u in zip(s.index, s.unit, strict=True) if int(u) in lost]
+                state[s.parameter].index_fill_(s.dim, torch.tensor(where, dtype=torch.long), 0)
+    other = images(3, 16, seed=7)
+    assert apart(dense(other), model(other)) < 1e-5
+    out = model.train()(images(4))
+    sum(o.square().mean() for o in (out.values() if isinstance(out, dict) else [out])).backward()
+    never = {"never.weight", "never.bias"}
+    assert all(p.grad is not None for n, p in model.named_parameters() if n not in never)
+
+
+def test_parameter_arithmetic_is_exact():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, bias=False)
+    )
+    before = size(model)
+    pruner = Pruner(model, images())
+    pruner.prune_model(5 / 16)
+    assert before - size(model) == 5 * (9 * 3 + 1 + 2 + 9 * 8)
+    assert pruner.plan.parameters_before == before and pruner.plan.parameters_after == size(model)
+    table = pruner.report().set_index("layer")
+    assert table.loc["0", ["in_before", "in_after", "out_before", "out_after"]].tolist() == [
+        3,
+        3,
+        16,
+        11,
+    ]
+    assert table.loc["total", "params_after"] == size(model)
+    assert table.loc["3", "macs_after"] == 11 * 8 * 9 * 12 * 12
+
+
+def test_the_lowest_go_and_the_output_stays():
+    model = make(Plain)
+    scores = model.b.weight.detach().abs().mean((1, 2, 3))
+    rows = model.b.weight.detach().clone()
+    Pruner(model, images()).prune_model(0.5)
+    keep = scores.argsort(stable=True)[6:].sort().values
+    assert (
+        torch.equal(model.b.weight, rows[keep][:, : model.b.in_channels])
+        or model.b.in_channels == 4
+    )
+    assert model.fc2.out_features == 5 and model.b.out_channels == 6
+    squared = make(Plain)
+    best = squared.a.weight.detach().square().mean((1, 2, 3)).argsort(stable=True)[4:].sort().values
+    first = squared.a.weight.detach().clone()
+    Pruner(squared, images()).prune_model(0.5, criteria=squared_final)
+    assert torch.equal(squared.a.weight, first[best])
+
+
+def test_integers_follow_the_tensors():
+    for kind in ALL:
+        model = make(kind)
+        Pruner(model, images()).prune_model(0.5)
+        for m in model.modules():
+            if isinstance(m, nn.ConvTranspose2d):
+                assert m.weight.shape[:2] == (m.in_channels, m.out_channels // m.groups)
+            elif isinstance(m, nn.Conv2d):
+                assert m.weight.shape[:2] == (m.out_channels, m.in_channels // m.groups)
+            elif isinstance(m, nn.Linear):
+                assert m.weight.shape == (m.out_features, m.in_features)
+            elif isinstance(m, nn.BatchNorm2d):
+                assert m.num_features == m.weight.numel() == m.running_mean.numel()
+
+
+def test_a_norm_that_shifts_is_named_and_left():
+    model = make(Residual)
+    with torch.no_grad():
+        model.c1.weight[:5] = 0
+        model.bn1.bias[:2] = 0
+        model.bn1.weight[:2] = 0
+    dense = copy.deepcopy(model)
+    pruner = Pruner(model, images())
+    pruner.prune_model()
+    kept = pruner.kept()
+    # relu hides a negative constant: whatever truly arrives as zero may go
+    shifts = (
+        dense.bn1.bias
+        - dense.bn1.running_mean * dense.bn1.weight / (dense.bn1.running_var + 1e-5).sqrt()
+    )
+    loud = {u for u in range(5) if shifts[u] > 0}
+    assert set(kept["unit"]) == loud and set(kept["layer"]) <= {"c1"}
+    assert kept["reason"].str.contains("arrives at the next layer").all()
+    assert model.c1.out_channels == 16 - 5 + len(loud)
+    assert apart(dense(images(seed=3)), model(images(seed=3))) < 1e-5
+
+
+def test_sigmoid_of_zero_is_not_zero():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = conv(3, 8), conv(8, 4)
+
+        def forward(self, x):
+            return self.b(torch.sigmoid(self.a(x)))
+
+    model = Half()
+    Sparsifier(model, "filter", example_inputs=images()).sparsify_model(0.5)
+    pruner = Pruner(model, images())
+    with pytest.warns(UserWarning, match="nothing was removed: see kept()"):
+        pruner.prune_model()
+    assert len(pruner.kept()) == 4 and model.a.out_channels == 8
+
+
+def test_fresh_zeros_are_not_pruned_ones():
+    model = make(Plain)
+    nn.init.zeros_(model.b.weight)
+    pruner = Pruner(model, images())
+    with pytest.warns(UserWarning, match="no channel is zero"):
+        pruner.prune_model()
+    assert model.b.out_channels == 12 and pruner.max_abs_diff == 0.0
+
+
+class Fixed(nn.Module):
+    """Widths written into the code: only running it shows that they cannot shrink."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 8), conv(8, 6), nn.Linear(8, 4)
+
+    def forward(self, x):
+        b = F.relu(self.b(F.relu(self.a(x))))
+        return self.c(F.adaptive_avg_pool2d(F.pad(b, (0, 0, 0, 0, 1, 1)), 1).view(-1, 8))
+
+
+class Counting(nn.Module):
+    """The number of channels enters the result."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 8), conv(8, 6), conv(6, 4)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        x = F.relu(self.b(x)) * x.shape[1] ** 0.5
+        return self.c(x)
+
+
+class Peeking(nn.Module):
+    """Values leave torch and come back."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 8), conv(8, 6), conv(6, 4)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        return self.c(F.relu(self.b(x))) * max(x.flatten().tolist())
+
+
+@pytest.mark.parametrize("kind, stays", [(Fixed, "b"), (Counting, "a"), (Peeking, "a")])
+def test_what_only_the_numbers_show_is_taken_back_and_named(kind, stays):
+    torch.manual_seed(0)
+    model = kind().eval()
+    expected = {"a": 8, "b": 6}
+    pruner = Pruner(model, images())
+    pruner.prune_model(0.5)
+    widths = {name: getattr(model, name).out_channels for name in expected}
+    assert widths == {n: w if n == stays else w // 2 for n, w in expected.items()}
+    assert stays in set(pruner.kept()["layer"])
+    model(images(3))
+
+
+def test_an_interrupt_in_the_middle_changes_nothing(monkeypatch):
+    model = make(Residual)
+    pruner = Pruner(model, images())
+    model(images(4)).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    gradients = [p.grad.clone() for p in model.parameters()]
+    import fasterai.prune.trial as room
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "replay", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.prune_model(0.5)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert model.c1.out_channels == 16 and pruner.plan is None
+
+
+def test_plan_for_is_a_dry_run():
+    model = make(Gated)
+    before = copy.deepcopy(model.state_dict())
+    pruner = Pruner(model, images())
+    plan = pruner.plan_for(0.5)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert pruner.plan is None
+    pruner.prune_model(0.5)
+    assert pruner.plan == plan and size(model) == plan.parameters_after
+    assert "removes" in repr(plan)
+
+
+def test_pruning_again_goes_on_from_what_is_there():
+    model = make(Residual)
+    pruner = Pruner(model, images())
+    pruner.prune_model(0.5)
+    pruner.prune_model(0.5)
+    assert model.stem.out_channels == 2 and model.c1.out_channels == 4
+    assert pruner.report().set_index("layer").loc["stem", "out_before"] == 8
+    Pruner(model, images()).prune_model(0.5)  # somebody else
+    pruner.prune_model(0.5)
+    assert model.c1.out_channels == 1 and model.c1.weight.shape[0] == 1
+
+
+def test_floors_multiples_and_exclusion():
+    model = make(Plain)
+    Pruner(model, images()).prune_model(0.9, min_keep=3, round_to=4)
+    assert (model.a.out_channels, model.b.out_channels, model.fc1.out_features) == (4, 4, 4)
+    model = make(Residual)
+    pruner = Pruner(model, images(), exclude="c2")
+    pruner.prune_model(0.5)
+    assert model.stem.out_channels == 8 and model.c1.out_channels == 8
+    assert set(pruner.kept().query("layer == 'stem'")["reason"]) == {"excluded"}
+    zero = make(Plain)
+    Sparsifier(zero, "filter", example_inputs=images()).sparsify_model(0.5)
+    pruner = Pruner(zero, images())
+    pruner.prune_model(round_to=8)
+    assert zero.a.out_channels == 8 and zero.b.out_channels == 8
+    assert pruner.kept()["reason"].str.contains("round_to").sum() == 4 + 2 + 3
+
+
+def test_the_last_graph_and_the_optimizer_survive_a_cut():
+    model = make(Residual).train()
+    loss = model(images(4)).sum()
+    loss.backward()
+    Pruner(model, images()).prune_model(0.5)
+    assert all(p.grad is None for p in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(images(4)).square().sum().backward()  # while `loss` still holds the old graph
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert loss.grad_fn is not None
+
+
+def test_a_pruned_model_is_a_model_like_any_other(tmp_path):
+    model = make(Residual)
+    Pruner(model, images()).prune_model(0.5)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(images()), model(images()))
+    assert torch.equal(copy.deepcopy(model)(images()), model(images()))
+    exported = torch.export.export(model, (images(),)).module()
+    assert torch.allclose(exported(images()), model(images()), atol=1e-6)
+
+
+def test_channels_last_stays():
+    model = make(Residual).to(memory_format=torch.channels_last)
+    Pruner(model, images()).prune_model(0.5)
+    assert model.c1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_tied_layers_are_cut_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = conv(3, 8), conv(8, 8), conv(8, 4)
+            self.c = conv(8, 8)
+            self.c.weight = self.b.weight
+
+        def forward(self, x):
+            return self.head(F.relu(self.c(F.relu(self.b(F.relu(self.a(x)))))))
+
+    model = Tied()
+    Pruner(model, images()).prune_model(0.5)
+    assert model.b.weight is model.c.weight and model.b.weight.shape[:2] == (4, 4)
+    assert model.c.in_channels == model.c.out_channels == 4
+
+
+def test_two_inputs_and_keyword_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 8), nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, left, right):
+            return self.head(F.relu(self.a(left) + self.b(right)))
+
+    left, right = torch.randn(3, 4), torch.randn(3, 6)
+    for inputs in ((left, right), {"left": left, "right": right}):
+        model = Two()
+        Pruner(model, inputs).prune_model(0.5)
+        assert model.a.out_features == model.b.out_features == 4
+
+
+@pytest.mark.parametrize("sparsity", [40, -0.1, float("nan"), "0.5", True])
+def test_bad_sparsity(sparsity):
+    with pytest.raises((ValueError, TypeError), match="fraction in"):
+        Pruner(make(Plain), images()).prune_model(sparsity)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="context must be"):
+        Pruner(make(Plain), images()).prune_model(0.5, context="layer")
+    with pytest.raises(ValueError, match="did you mean 'fc1'"):
+        Pruner(make(Plain), images(), exclude="fc11")
+    with pytest.raises(ValueError, match="Pass what its forward takes"):
+        Pruner(make(Plain), torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="are on meta, the model is on cpu"):
+        Pruner(make(Plain), images().to("meta"))
+    with pytest.raises(TypeError):
+        Pruner(make(Plain), None)
+    with pytest.raises(ValueError, match="nan for b.weight"):
+        model = make(Plain)
+        nn.init.constant_(model.b.weight, float("nan"))
+        Pruner(model, images()).prune_model(0.5)
+
+
+def test_unverified_cuts_are_still_replayed():
+    model = make(TwoHeads)
+    pruner = Pruner(model, images())
+    pruner.prune_model(0.5, verify=False, criteria=random_scores)
+    assert pruner.max_abs_diff is None and model.a.out_channels == 4
