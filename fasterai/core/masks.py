@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["Limits", "apply_masks", "as_fraction", "lowest", "select"]
 
-_SAMPLE = 1 << 16  # scores looked at to bracket the threshold of a large selection
+_FEW = 1 << 13  # scores that are cheaper to sort out at once than to sample
 
 
 def as_fraction(value: object, name: str = "sparsity") -> float:
@@ -79,22 +79,26 @@ def select(
     """
     free = [s.numel() for s in scores]
     sizes = list(sizes or free)
-    floors = [int(h.sum()) for h in held]
+    floors = [int(h.count_nonzero()) for h in held]
     most = [
         max(limits.most(size, n), floor) for size, n, floor in zip(sizes, free, floors, strict=True)
     ]
     if isinstance(counts, int):
-        counts = _spread(scores, min(max(counts, sum(floors)), sum(most)), held, most)
-    wanted = (min(max(n, floor), top) for n, floor, top in zip(counts, floors, most, strict=True))
-    final = [
-        max(limits.rounded(n, size), floor)
-        for n, size, floor in zip(wanted, sizes, floors, strict=True)
-    ]
-    return [_within(s, h, n) for s, h, n in zip(scores, held, final, strict=True)]
+        n = min(max(counts, sum(floors)), sum(most))
+        found = _together(scores, n, held, most)
+    else:
+        wanted = zip(counts, floors, most, strict=True)
+        wanted = [min(max(n, floor), top) for n, floor, top in wanted]
+        found = [_within(s, h, n) for s, h, n in zip(scores, held, wanted, strict=True)]
+    if limits.round_to > 1:
+        for i, (size, floor) in enumerate(zip(sizes, floors, strict=True)):
+            n = max(limits.rounded(int(found[i].count_nonzero()), size), floor)
+            found[i] = _within(scores[i], held[i], n)
+    return found
 
 
 def _within(scores: Tensor, held: Tensor, n: int) -> Tensor:
-    return held.clone() if n <= int(held.sum()) else lowest([_first(scores, held)], n)[0]
+    return held.clone() if n <= int(held.count_nonzero()) else lowest([_first(scores, held)], n)[0]
 
 
 def _first(scores: Tensor, held: Tensor) -> Tensor:
@@ -103,27 +107,26 @@ def _first(scores: Tensor, held: Tensor) -> Tensor:
     return scores.clamp(min=floor).masked_fill_(held, -math.inf)
 
 
-def _spread(
+def _together(
     scores: Sequence[Tensor], n: int, held: Sequence[Tensor], most: Sequence[int]
-) -> list[int]:
-    """How many of the `n` lowest over all layers fall in each, none above its `most`.
+) -> list[Tensor]:
+    """The `n` lowest over all layers, in none of them more than its `most`.
 
     A layer that would go beyond its bound is filled up to it and leaves the ranking; the others
-    then share what remains. The bound of the others only comes nearer, so it stays filled.
+    share what remains. Their threshold only rises by that, so a filled layer stays filled.
     """
-    counts = [0] * len(scores)
+    found: list[Tensor] = [torch.zeros(0)] * len(scores)
     ranked = list(range(len(scores)))
     while ranked:
-        lists = [_first(scores[i], held[i]) for i in ranked]
-        found = [int(zero.sum()) for zero in lowest(lists, n)]
-        over = [i for i, k in zip(ranked, found, strict=True) if k > most[i]]
-        for i, k in zip(ranked, found, strict=True):
-            counts[i] = min(k, most[i])
+        zero = lowest([_first(scores[i], held[i]) for i in ranked], n)
+        over = [i for i, z in zip(ranked, zero, strict=True) if int(z.count_nonzero()) > most[i]]
+        for i, z in zip(ranked, zero, strict=True):
+            found[i] = _within(scores[i], held[i], most[i]) if i in over else z
         if not over:
-            return counts
+            break
         n -= sum(most[i] for i in over)
         ranked = [i for i in ranked if i not in over]
-    return counts
+    return found
 
 
 def lowest(scores: Sequence[Tensor], n: int) -> list[Tensor]:
@@ -135,7 +138,7 @@ def lowest(scores: Sequence[Tensor], n: int) -> list[Tensor]:
         return [torch.ones_like(s, dtype=torch.bool) for s in scores]
     threshold = _nth(scores, n)
     marks = [s < threshold for s in scores]
-    missing = n - sum(int(m.sum()) for m in marks)
+    missing = n - sum(int(m.count_nonzero()) for m in marks)
     for s, mark in zip(scores, marks, strict=True):
         ties = (s == threshold).nonzero().flatten()[:missing]
         mark[ties] = True
@@ -148,21 +151,35 @@ def lowest(scores: Sequence[Tensor], n: int) -> list[Tensor]:
 def _nth(scores: Sequence[Tensor], n: int) -> Tensor:
     """The n-th smallest of all scores.
 
-    Few scores are sorted out by `torch.kthvalue`. Of many, an even sample brackets the threshold,
-    and only what falls between the brackets is sorted out; where the sample misled, all are.
+    Few scores are sorted out by `torch.kthvalue`. Of N scores, an even sample of N ** (2 / 3)
+    brackets the threshold: it is one of the brackets, or the search goes on among the few per
+    cent between them. Where the sample misled, all are sorted out after all.
     """
     total = sum(s.numel() for s in scores)
-    if total > 8 * _SAMPLE:
-        stride = total // _SAMPLE
-        sample = torch.cat([s.flatten()[::stride] for s in scores]).sort().values
-        at, slack = n / total * sample.numel(), 4 * math.sqrt(sample.numel())
-        low = sample[max(0, math.floor(at - slack))]
-        high = sample[min(sample.numel() - 1, math.ceil(at + slack))]
-        below = sum(int((s < low).sum()) for s in scores)
-        between = torch.cat([s[(s >= low) & (s <= high)] for s in scores])
+    if total > _FEW:
+        low, high = _brackets(scores, n / total)
+        below = _count(scores, torch.le, low)
+        if n <= below and _count(scores, torch.lt, low) < n:
+            return low
+        between = torch.cat([s[(s > low) & (s < high)] for s in scores])
         if below < n <= below + between.numel():
-            return between.kthvalue(n - below).values
+            return _nth([between], n - below)
+        if below + between.numel() < n <= _count(scores, torch.le, high):
+            return high
     return torch.cat([s.flatten() for s in scores]).kthvalue(n).values
+
+
+def _brackets(scores: Sequence[Tensor], share: float) -> tuple[Tensor, Tensor]:
+    """Two scores, most likely below and above the one at this share of all."""
+    stride = round(sum(s.numel() for s in scores) ** (1 / 3))
+    sample = torch.cat([s.flatten()[::stride] for s in scores]).sort().values
+    last = sample.numel() - 1
+    at, slack = share * last, 3 * math.sqrt(last)
+    return sample[max(0, math.floor(at - slack))], sample[min(last, math.ceil(at + slack))]
+
+
+def _count(scores: Sequence[Tensor], compare: Callable[..., Tensor], value: Tensor) -> int:
+    return sum(int(compare(s, value).count_nonzero()) for s in scores)
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -96,7 +96,7 @@ class LayerGroups:
         return {self.parameter: self.weight}
 
     def tally(self, macs: Mapping[str, int]) -> dict[str, int]:
-        size, zeros = self.weight.numel(), int((self.weight == 0).sum())
+        size, zeros = self.weight.numel(), int((self.weight == 0).count_nonzero())
         cost = macs.get(self.name, 0)
         return _tally(size, zeros, size, zeros, cost, round(cost * zeros / max(size, 1)))
 

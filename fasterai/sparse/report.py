@@ -52,7 +52,7 @@ def sparsity_report(
 def _row(
     group: Groups, asked: float | None, limits: Limits, macs: Mapping[str, int]
 ) -> dict[str, Any]:
-    zeros = int(group.zeroed().sum())
+    zeros = int(group.zeroed().count_nonzero())
     row = {
         "layer": group.name,
         "coupled": ", ".join(k for k in group.layers if k != group.name),

@@ -157,7 +157,7 @@ class Sparsifier:
 
     def held(self) -> tuple[float, ...]:
         """The share of the groups that is zero in the model, in the form of `targets`."""
-        zeros = [int(z.sum()) for z in self._held()]
+        zeros = [int(z.count_nonzero()) for z in self._held()]
         free = [g.free for g in self._groups]
         if self.context == "global":
             return (sum(zeros) / sum(free),)
@@ -191,7 +191,7 @@ class Sparsifier:
 
     @staticmethod
     def _more(counts: int | Sequence[int], held: Sequence[Tensor]) -> bool:
-        have = [int(h.sum()) for h in held]
+        have = [int(h.count_nonzero()) for h in held]
         if isinstance(counts, int):
             return counts > sum(have)
         return any(n > h for n, h in zip(counts, have, strict=True))
@@ -199,7 +199,7 @@ class Sparsifier:
     def _set(self, zero: Sequence[Tensor]) -> None:
         for group, z in zip(self._groups, zero, strict=True):
             group.write(z, self.masks)
-        self._zeros = sum(int(z.sum()) for z in zero)
+        self._zeros = sum(int(z.count_nonzero()) for z in zero)
         self._any = self._zeros > 0
 
     def _no_such(self, name: str) -> str:

@@ -1,0 +1,46 @@
+"""What a stranger gets: version, metadata, notebooks, README."""
+
+import json
+import re
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+import fasterai
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+
+
+def test_the_version_is_said_once():
+    config = ConfigParser()
+    config.read(ROOT / "settings.ini")
+    version = config["DEFAULT"]["version"]
+    assert version == fasterai.__version__
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_notebooks_are_run_clean_and_small(path):
+    book = json.loads(path.read_text())
+    assert path.stat().st_size < 400_000
+    code = [c for c in book["cells"] if c["cell_type"] == "code"]
+    assert any(c["outputs"] for c in code), "run it with nbdev-test --save"
+    assert all(c["execution_count"] is None for c in code), "clean it with nbdev-clean"
+    text = "".join("".join(c["source"]) for c in code)
+    assert "test_" in text or "assert " in text
+    for out in (o for c in code for o in c["outputs"]):
+        assert out["output_type"] != "error"
+
+
+def test_the_project_speaks_of_itself_alone():
+    words = re.compile(r"/work/|/tmp/|/root/|shared/")
+    for path in [*ROOT.glob("*.md"), *NOTEBOOKS, *ROOT.rglob("fasterai/**/*.py")]:
+        assert not words.search(path.read_text()), path
+
+
+def test_the_readme_names_files_that_exist():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,27 @@
+"""The README's Python runs as it stands, and its numbers of layers and shapes are true."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_there_is_something_to_run():
+    assert len(BLOCKS) >= 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_blocks_run_one_after_the_other(tmp_path, capsys):
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        space = {}
+        for block in BLOCKS:
+            exec(compile(block, "README.md", "exec"), space)
+    finally:
+        os.chdir(here)
+    assert space["pruner"].max_rel_diff < 1e-4
