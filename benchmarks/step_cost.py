@@ -30,6 +30,8 @@ ARMS = {
     "dense": "a training loop of its own",
     "masks": "Sparsifier.apply() after each step",
     "update": "Sparsifier.sparsify_model() and apply() after each step",
+    "masks alone": "the call of apply() by itself",
+    "update alone": "the call of sparsify_model() by itself",
     "torch prune": "torch.nn.utils.prune, pruned once",
     "torch prune, again": "torch.nn.utils.prune, pruned again before each step",
     "fit": "fastai's Learner.fit",
@@ -58,6 +60,9 @@ def block(arm):
 
     def run():
         for step in range(STEPS):
+            if arm.endswith("alone"):
+                extra(step)
+                continue
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -72,13 +77,13 @@ def between(arm, model):
     from torch import nn
     from torch.nn.utils import prune
 
-    if arm in ("masks", "update"):
+    if arm.startswith(("masks", "update")):
         from fasterai.sparse.sparsifier import Sparsifier
 
         x = torch.randn(1, 3, 64, 64)
         sparsifier = Sparsifier(model, "weight", "global", example_inputs=x)
         sparsifier.sparsify_model(0.5)
-        if arm == "masks":
+        if arm.startswith("masks"):
             return lambda step: sparsifier.apply()
         # a little more each time, so that no update is skipped; it applies the masks itself
         state = {"sparsity": 0.5}
