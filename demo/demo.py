@@ -167,7 +167,7 @@ def main() -> None:
     ax.figure.savefig(OUT / "training.png", dpi=120)
     plot_widths(pruner.report()).figure.savefig(OUT / "channels.png", dpi=120)
     plt.close("all")
-    print(f"Pictures: {OUT / 'training.png'}, {OUT / 'channels.png'}")
+    print("Pictures: demo/out/training.png, demo/out/channels.png")
     print(f"{time.time() - started:.0f} s in all")
 
 
