@@ -1,4 +1,4 @@
-"""Run a network once on channel labels.
+"""Labels beside tensors: what a run of a network says about its channels.
 
 Every position along every dimension of every parameter has a label, an integer. Beside each real
 tensor the run carries label fields that say, for each element, which position of which parameter
@@ -8,7 +8,7 @@ meets something of fixed size it is pinned. Which operation does what is told in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .inputs import Inputs, plain_attention, run_quietly, tensors_in
-
-__all__ = ["FIXED", "Dim", "Field", "Run", "Tracer", "dims_of", "run_labels"]
+__all__ = ["FIXED", "Dim", "Field", "Run", "Tracer", "dims_of"]
 
 FIXED = -1  # a position that belongs to no parameter: a constant, padding, an input
 
@@ -85,13 +83,20 @@ class Tracer(TorchDispatchMode):
     Args:
         model: the network that will run under it.
         labels: for each dimension, the labels of its positions.
+        follow: passes labels through an operation: (tracer, operation, args, kwargs, result).
         watch: note the largest magnitude with which each channel arrives at its consumers.
     """
 
     def __init__(
-        self, model: nn.Module, labels: Mapping[Dim, Tensor], *, watch: bool = False
+        self,
+        model: nn.Module,
+        labels: Mapping[Dim, Tensor],
+        follow: Callable[..., None],
+        *,
+        watch: bool = False,
     ) -> None:
         super().__init__()
+        self.follow = follow
         self.said = Run()
         self.watch = watch
         self.fields = WeakTensorKeyDictionary()
@@ -104,10 +109,8 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        from .rules import follow
-
         out = func(*args, **(kwargs or {}))
-        follow(self, func, args, kwargs or {}, out)
+        self.follow(self, func, args, kwargs or {}, out)
         return out
 
     def of(self, x: Any) -> tuple[Field, ...]:
@@ -148,21 +151,3 @@ class Tracer(TorchDispatchMode):
             others = [d for d in range(x.ndim) if d not in seen.dims]
             peak = x.abs().amax(dim=others) if others else x.abs()
             self.said.peaks.append((seen.labels.flatten(), peak.flatten().double()))
-
-
-def run_labels(
-    model: nn.Module,
-    inputs: Inputs,
-    labels: Mapping[Dim, Tensor],
-    *,
-    training: bool = False,
-    watch: bool = False,
-) -> tuple[Run, Any]:
-    """Run `model` on `inputs` with these labels; returns what was said and the output."""
-    tracer = Tracer(model, labels, watch=watch)
-    with run_quietly(model, training), plain_attention(), tracer:
-        out = inputs(model)
-    for x in tensors_in(out):
-        tracer.pin(tracer.of(x), "network output")
-        tracer.said.outputs.extend(f.labels.flatten() for f in tracer.of(x))
-    return tracer.said, out

@@ -13,9 +13,10 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from .inputs import Inputs
-from .labels import CONSUME, FIXED, FOLLOW, PRODUCE, SCALE, SHIFT, Dim, Run, dims_of, run_labels
+from .labels import CONSUME, FOLLOW, PRODUCE, SCALE, SHIFT, Dim, Run, dims_of
+from .run import run_labels
 
-__all__ = ["Axis", "Coupling", "Slot", "couple", "replay"]
+__all__ = ["Axis", "Coupling", "Slot", "couple"]
 
 _PRECEDENCE = (PRODUCE, CONSUME, SHIFT, SCALE, FOLLOW)
 
@@ -295,48 +296,3 @@ def _outputs(
             if made:
                 found.append(order[max(made)].rpartition(".")[0])
     return tuple(dict.fromkeys(found))
-
-
-def replay(
-    model: nn.Module,
-    inputs: Inputs,
-    coupling: Coupling,
-    kept: Mapping[Dim, Tensor],
-    alone: Sequence[int],
-) -> None:
-    """Run the labels through the smaller network: every meeting must agree as it did before.
-
-    Args:
-        model: the network after the cut.
-        inputs: the inputs it was coupled on.
-        coupling: what was found before the cut.
-        kept: for the dimensions that were cut, the positions that stayed.
-        alone: classes of units left alone in their axis; a single channel broadcasts.
-
-    Raises:
-        RuntimeError: two channels meet that did not belong together, or one meets a fixed width.
-    """
-    sizes = dims_of(model)
-    labels = {
-        dim: coupling.first[dim] + kept.get(dim, torch.arange(tensor.shape[dim.dim]))
-        for dim, tensor in sizes.items()
-    }
-    free = np.append(~coupling.pinned, False)  # FIXED, the last one, is not free
-    free[list(alone)] = False
-    for training in (False, True)[: 1 + coupling.trains]:
-        sized = inputs.at_least(2) if training else inputs
-        said, _ = run_labels(model, sized, labels, training=training)
-        _agree(said, coupling.classes, free)
-
-
-def _agree(said: Run, classes: np.ndarray, free: np.ndarray) -> None:
-    for a, b in said.meetings:
-        left, right = _vector(a), _vector(b)
-        left = np.where(left >= 0, classes[left], FIXED)
-        right = np.where(right >= 0, classes[right], FIXED)
-        if ((left != right) & (free[left] | free[right])).any():
-            raise RuntimeError("channels that do not belong together meet after the cut")
-    for seen, reason in said.pins:
-        known = _vector(seen)
-        if free[classes[known[known >= 0]]].any():
-            raise RuntimeError(f"after the cut, {reason}")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..coupling.inputs import Inputs, run_quietly, tensors_in
-from ..coupling.labels import CONSUME, Dim, dims_of, run_labels
+from ..coupling.labels import CONSUME, Dim, dims_of
+from ..coupling.run import run_labels
 from ..coupling.units import Axis, Coupling
 
 __all__ = ["Differences", "differences", "outputs", "peaks", "silenced"]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..coupling.inputs import Inputs
-from ..coupling.units import Axis, Coupling, replay
+from ..coupling.replay import replay
+from ..coupling.units import Axis, Coupling
 from .check import Differences, differences, outputs, silenced
 from .plan import Removal, positions_kept
 from .surgery import cut

@@ -156,6 +156,8 @@ class SparsifyCallback(Callback):
             self._to = sparsifier.targets(self.sparsity)
             initial = self.initial
             self._from = sparsifier.held() if initial is None else sparsifier.targets(initial)
+            if any(self._to):
+                sparsifier.scores()  # a criterion that fails does so before training
             sparsifier.apply()
         self._training = True
 

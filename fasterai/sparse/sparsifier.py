@@ -103,7 +103,11 @@ class Sparsifier:
     def apply(self) -> None:
         """Write +0.0 where the masks are 0; call after each optimizer step."""
         if self._any:
-            apply_masks(list(self._covered.values()), list(self.masks.values()))
+            weights, masks = list(self._covered.values()), list(self.masks.values())
+            if weights[0].device != masks[0].device:  # the model was moved
+                masks = [m.to(w.device) for m, w in zip(masks, weights, strict=True)]
+                self.masks = dict(zip(self.masks, masks, strict=True))
+            apply_masks(weights, masks)
 
     def report(self) -> pd.DataFrame:
         """What was asked and what the model holds now, a row a layer; last 'total'.
@@ -165,7 +169,6 @@ class Sparsifier:
 
     def sparsify_to(self, targets: Sequence[float]) -> None:
         """Zero these fractions; see `targets`."""
-        self.asked = tuple(targets)
         free = [g.free for g in self._groups]
         if self.context == "global":
             counts: int | list[int] = round(targets[0] * sum(free))
@@ -173,12 +176,20 @@ class Sparsifier:
             counts = [round(s * n) for s, n in zip(targets, free, strict=True)]
         held = self._held()
         if self._more(counts, held):
-            relative = self.context == "global"
-            scores = [g.scores(self.criteria, relative=relative) for g in self._groups]
             sizes = [g.size for g in self._groups]
-            held = select(scores, counts, held=held, sizes=sizes, limits=self.limits)
+            held = select(self.scores(), counts, held=held, sizes=sizes, limits=self.limits)
+        self.asked = tuple(targets)
         self._set(held)
         self.apply()
+
+    def scores(self) -> list[Tensor]:
+        """One score a group, layer by layer.
+
+        Raises:
+            ValueError: what the criterion returns cannot be used; the layer is named.
+        """
+        relative = self.context == "global"
+        return [g.scores(self.criteria, relative=relative) for g in self._groups]
 
     def release(self) -> None:
         """Let go of the masks; reports go on working."""
