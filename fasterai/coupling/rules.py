@@ -286,12 +286,14 @@ def batch_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def spatial(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Pooling and resizing: the last one, two or three dimensions are positions."""
-    name = func._schema.name
-    positions = 1 if "1d" in name else 3 if "3d" in name else 2
+    """Pooling, resizing and padding: the last dimensions are positions."""
+    name = func._schema.name.removeprefix("aten::")
     x, result = args[0], out if isinstance(out, Tensor) else out[0]
+    positions = 1 if "1d" in name else 3 if "3d" in name else 2
+    if name == "constant_pad_nd":  # two numbers a dimension, the last dimension first
+        positions = max((k // 2 + 1 for k, n in enumerate(args[1]) if n), default=0)
     inside = [f for f in t.of(x) if all(d < x.ndim - positions for d in f.dims)]
-    t.pin([f for f in t.of(x) if f not in inside], f"{name.removeprefix('aten::')} over channels")
+    t.pin([f for f in t.of(x) if f not in inside], f"{name} over channels")
     t.attach(result, inside)
 
 
@@ -327,7 +329,7 @@ RULES: dict[str, Rule] = _table(
         _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d
         upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d
         upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d upsample_trilinear3d
-        reflection_pad2d replication_pad2d""",
+        constant_pad_nd reflection_pad2d replication_pad2d""",
     reduction="mean sum amax amin",
     passes="""native_dropout bernoulli empty_like zeros_like ones_like rand_like randn_like
         full_like new_empty new_zeros new_ones new_full fill zero""",
