@@ -235,7 +235,7 @@ def test_random_inputs_have_the_form_of_the_example():
 
 def test_inputs_the_model_cannot_run_on():
     with pytest.raises(ValueError, match=r"could not be run on the example inputs \(\(2, 5\)"):
-        coupled(make(Plain), torch.zeros(2, 5))
+        Inputs.fitting(make(Plain), torch.zeros(2, 5))
 
 
 def test_run_quietly_restores_buffers_that_are_replaced():

@@ -7,9 +7,14 @@ from difflib import get_close_matches
 
 from torch import nn
 
-__all__ = ["LayerChoice", "pick"]
+__all__ = ["LayerChoice", "as_choices", "pick", "unknown_name"]
 
 LayerChoice = str | type[nn.Module]
+
+
+def as_choices(choices: LayerChoice | Iterable[LayerChoice]) -> tuple[LayerChoice, ...]:
+    """One choice or several as a tuple."""
+    return (choices,) if isinstance(choices, str | type) else tuple(choices)
 
 
 def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argument: str) -> set[str]:
@@ -20,10 +25,8 @@ def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argumen
         TypeError: neither a name nor a module type.
     """
     names = [name for name, _ in model.named_modules()]
-    if isinstance(choices, str | type):
-        choices = [choices]
     chosen: set[str] = set()
-    for choice in choices:
+    for choice in as_choices(choices):
         if isinstance(choice, str):
             if choice not in names or not choice:
                 raise ValueError(unknown_name(choice, names, argument))

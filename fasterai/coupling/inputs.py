@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["Inputs", "plain_attention", "run_quietly", "tensors_in"]
@@ -17,10 +20,17 @@ __all__ = ["Inputs", "plain_attention", "run_quietly", "tensors_in"]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Positional and keyword arguments of a network's forward, as plain tensors."""
+    """Positional and keyword arguments of a network's forward, as plain tensors.
+
+    Args:
+        args: positional inputs.
+        kwargs: keyword inputs.
+        samples: the size of the batch, where the first dimension of all tensors is one.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    samples: int | None
 
     @classmethod
     def of(cls, example_inputs: Any, samples: int | None = 2) -> Inputs:
@@ -37,22 +47,56 @@ class Inputs:
             args, kwargs = tuple(example_inputs), {}
         else:
             args, kwargs = (example_inputs,), {}
-        if not tensors_in((args, kwargs)):
+        found = tensors_in((args, kwargs))
+        if not found:
             raise TypeError(
                 "example_inputs must be a tensor, a tuple of positional inputs or a dict of "
-                f"keyword inputs that holds a tensor, got {type(example_inputs).__name__}"
+                f"keyword inputs that holds a tensor, got {type(example_inputs).__name__}; of a "
+                f"DataLoader pass a batch's inputs, as in dls.one_batch()[0]"
             )
-        args, kwargs = tree_map(_plain, (args, kwargs))
-        inputs = cls(args, kwargs)
-        return inputs if samples is None else inputs._resized(samples, grow=False)
+        sizes = {x.shape[0] if x.ndim else None for x in found}
+        batch = sizes.pop() if len(sizes) == 1 else None
+        inputs = cls(*tree_map(_plain, (args, kwargs)), batch or None)
+        return inputs if samples is None else inputs._first(samples)
+
+    @classmethod
+    def fitting(cls, model: nn.Module, example_inputs: Any) -> Inputs:
+        """At most two samples, where the model runs on so few; else the inputs as they are.
+
+        Raises:
+            ValueError: the model cannot run on them, they lie on another device, or the model
+                has lazy layers that never ran.
+        """
+        few, whole = cls.of(example_inputs), cls.of(example_inputs, samples=None)
+        if any(is_lazy(p) for p in model.parameters()):
+            raise ValueError("the model has lazy layers: run it once on a batch first")
+        few.check(model)
+        whole = Inputs(whole.args, whole.kwargs, None)
+        for inputs in (few, whole):
+            try:
+                with run_quietly(model):
+                    inputs(model)
+                return inputs
+            except Exception as error:  # whatever user code raises
+                failed = error
+        raise ValueError(
+            f"the model could not be run on the example inputs ({whole}): "
+            f"{type(failed).__name__}: {failed}. Pass what its forward takes: a tensor, a tuple "
+            f"of positional inputs or a dict of keyword inputs"
+        ) from failed
 
     def at_least(self, samples: int) -> Inputs:
         """Inputs with no fewer samples, by repeating those there are."""
-        return self._resized(samples, grow=True)
+        now = self.samples
+        if now is None or now >= samples:
+            return self
+        times = -(-samples // now)
+        repeat = _each_tensor(lambda x: x.repeat(times, *[1] * (x.ndim - 1)))
+        return Inputs(*tree_map(repeat, (self.args, self.kwargs)), now * times)
 
     def batch(self, samples: int) -> Inputs:
         """Inputs with exactly so many samples, by repeating or leaving out."""
-        return self._resized(samples, grow=True)._resized(samples, grow=False)
+        return self.at_least(samples)._first(samples)
 
     def random_like(self) -> Inputs:
         """Other inputs of the same form: floats are normal with the same mean and spread.
@@ -62,17 +106,23 @@ class Inputs:
         """
         generator = torch.Generator().manual_seed(0)
 
-        def other(x: Any) -> Any:
-            if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
+        def other(x: Tensor) -> Tensor:
+            if not x.is_floating_point() or not x.numel():
                 return x
             noise = torch.randn(x.shape, generator=generator).to(x)
             return noise * x.std(correction=0).clamp(min=1e-3) + x.mean()
 
-        return Inputs(*tree_map(other, (self.args, self.kwargs)))
+        return Inputs(*tree_map(_each_tensor(other), (self.args, self.kwargs)), self.samples)
+
+    def copies(self) -> Inputs:
+        """The same inputs in tensors of their own, for a forward that writes into them."""
+        args, kwargs = tree_map(_each_tensor(Tensor.clone), (self.args, self.kwargs))
+        return Inputs(args, kwargs, self.samples)
 
     def __call__(self, model: nn.Module) -> Any:
-        """Run `model` on these inputs, as its training mode stands."""
-        return model(*self.args, **self.kwargs)
+        """Run `model` on copies of these inputs, as its training mode stands."""
+        copies = self.copies()
+        return model(*copies.args, **copies.kwargs)
 
     def __str__(self) -> str:
         shown = [f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in self.tensors]
@@ -82,12 +132,6 @@ class Inputs:
     def tensors(self) -> list[Tensor]:
         """All tensors among the inputs."""
         return tensors_in((self.args, self.kwargs))
-
-    @property
-    def samples(self) -> int | None:
-        """The size of the batch; None where the inputs do not agree on one."""
-        sizes = {x.shape[0] if x.ndim else None for x in self.tensors}
-        return sizes.pop() if len(sizes) == 1 else None
 
     def check(self, model: nn.Module) -> None:
         """Refuse inputs that lie on another device than the model."""
@@ -99,24 +143,30 @@ class Inputs:
                     f"example_inputs.to('{device}'), or move the model"
                 )
 
-    def _resized(self, samples: int, grow: bool) -> Inputs:
-        now = self.samples
-        if not now or (now >= samples if grow else now <= samples):
+    def _first(self, samples: int) -> Inputs:
+        if self.samples is None or self.samples <= samples:
             return self
-
-        def resize(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            if not grow:
-                return x[:samples]
-            return x.repeat(-(-samples // now), *[1] * (x.ndim - 1))
-
-        return Inputs(*tree_map(resize, (self.args, self.kwargs)))
+        first = _each_tensor(lambda x: x[:samples])
+        return Inputs(*tree_map(first, (self.args, self.kwargs)), samples)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in nested lists, tuples and dicts."""
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+    """All tensors in nested lists, tuples, dicts and objects that hold such."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    todo = [tree]
+    while todo:
+        for leaf in tree_leaves(todo.pop(0)):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif hasattr(leaf, "__dict__") and not callable(leaf) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                todo.append(dict(vars(leaf)))
+    return found
+
+
+def _each_tensor(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    return lambda x: change(x) if isinstance(x, Tensor) else x
 
 
 def _plain(x: Any) -> Any:
@@ -132,11 +182,11 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(m, dict(m._buffers)) for m in model.modules()]
     copies = [(b, b.clone()) for b in model.buffers()]
-    devices = {p.device for p in model.parameters()}
-    gpus = [d for d in devices if d.type == "cuda"]
+    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    numbers = random.getstate(), np.random.get_state()
     try:
         with (
-            torch.random.fork_rng(gpus),
+            torch.random.fork_rng(list(gpus)),
             torch.no_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
@@ -144,13 +194,16 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
             model.train(training)
             yield
     finally:
+        random.setstate(numbers[0])
+        np.random.set_state(numbers[1])
         for module, mode in modes:
             module.training = mode
         for module, entries in buffers:
             module._buffers.update(entries)
         with torch.no_grad():
             for buffer, copy in copies:
-                buffer.copy_(copy)
+                if not torch.equal(buffer, copy):
+                    buffer.copy_(copy)
 
 
 @contextmanager

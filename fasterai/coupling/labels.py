@@ -123,7 +123,7 @@ class Tracer(TorchDispatchMode):
 
     def attach(self, out: Tensor, fields: Sequence[Field | None]) -> None:
         """Give `out` these fields; integers carry none, for they are counts and indices."""
-        if out.is_floating_point() or out.dtype == torch.bool:
+        if out.is_floating_point() or out.is_complex() or out.dtype == torch.bool:
             self.fields[out] = tuple(f for f in fields if f is not None)
 
     def join(self, a: Field, b: Field) -> None:

@@ -46,14 +46,18 @@ def unit_scores(
     return scores / torch.where(mean > 0, mean, 1.0) if relative else scores
 
 
-def zeroed_units(tensors: Mapping[str, Tensor], axis: Axis) -> Tensor:
-    """(size,) bool: the units all of whose weights are zero.
+def zeroed_units(
+    tensors: Mapping[str, Tensor], axis: Axis, roles: tuple[str, ...] = (PRODUCE,)
+) -> Tensor:
+    """(size,) bool: the units that are zero in all their slots of these roles.
 
-    A norm's shifts start as zeros, and whole layers are sometimes initialised so: an axis without
-    a single other weight counts as fresh, not as zeroed.
+    Whole layers are sometimes initialised with zeros: an axis without a single weight that is not
+    zero counts as fresh, not as zeroed.
     """
     zero = None
-    for slot in axis.having(PRODUCE):
+    for slot in axis.having(*roles):
+        if slot.parameter not in tensors:
+            continue  # a buffer
         weight = tensors[slot.parameter]
         alive = over_groups(weight.detach() != 0, (slot.dim,), "any").flatten()
         unit, index = slot.unit.to(weight.device), slot.index.to(weight.device)

@@ -24,14 +24,20 @@ def follow(
     t: Tracer, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
 ) -> None:
     """Pass the labels of the arguments of one aten operation on to its result."""
+    operands = [x for x in tensors_in((args, dict(kwargs))) if t.of(x)]
+    if not operands:
+        return
     name = func._schema.name.removeprefix("aten::")
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
     if rule is None and _is_pointwise(func, name):
         rule = pointwise
-    if rule is None or "out" in kwargs:
+    reshaped = any(f.labels.ndim != x.ndim for x in operands for f in t.of(x))  # in place
+    if rule is None or "out" in kwargs or reshaped:
         rule = unknown
-    if any(t.of(x) for x in tensors_in((args, dict(kwargs)))):
+    try:
         rule(t, func, args, kwargs, out)
+    except Exception:  # arguments that the rule did not expect; the network itself ran well
+        unknown(t, func, args, kwargs, out)
 
 
 def _is_pointwise(func: Any, name: str) -> bool:
@@ -47,6 +53,8 @@ def unknown(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """An operation that may do anything with its channels pins them."""
     for x in tensors_in((args, dict(kwargs))):
         t.pin(t.of(x), f"{func._schema.name.removeprefix('aten::')} may mix or count its channels")
+    for x in tensors_in(out):
+        t.fields.pop(x, None)  # written in place
 
 
 def passes(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -319,7 +327,7 @@ def _table(**kinds: str) -> dict[str, Rule]:
 
 RULES: dict[str, Rule] = _table(
     movement="""view _unsafe_view reshape permute transpose t numpy_T unsqueeze squeeze expand
-        repeat select slice narrow alias detach clone contiguous _to_copy lift_fresh""",
+        repeat select slice narrow""",
     concatenation="cat concatenate",
     contraction="mm addmm",
     convolution="convolution",
@@ -331,7 +339,8 @@ RULES: dict[str, Rule] = _table(
         upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d upsample_trilinear3d
         constant_pad_nd reflection_pad2d replication_pad2d""",
     reduction="mean sum amax amin",
-    passes="""native_dropout bernoulli empty_like zeros_like ones_like rand_like randn_like
-        full_like new_empty new_zeros new_ones new_full fill zero""",
+    passes="""alias detach clone contiguous _to_copy lift_fresh native_dropout bernoulli fill zero
+        empty_like zeros_like ones_like rand_like randn_like full_like new_empty new_zeros new_ones
+        new_full""",
     pointwise="copy hardswish _prelu_kernel",
 )

@@ -127,15 +127,18 @@ def couple(model: nn.Module, inputs: Inputs) -> Coupling:
 
     The model is left as it was: buffers, training flags and the random state are put back.
 
-    Raises:
-        ValueError: the model cannot run on the inputs.
+    Args:
+        model: any network.
+        inputs: what it runs on; see `Inputs.fitting`.
     """
     labels, first = _number(model)
-    runs = [_run(model, inputs, labels, training=False)]
-    try:
-        runs.append(_run(model, inputs.at_least(2), labels, training=True))
-    except ValueError:
-        pass  # a network that only evaluates; what it does in training does not count
+    runs = [run_labels(model, inputs, labels)[0]]
+    for sized in (inputs.at_least(2), inputs):  # a norm wants more than one sample in training
+        try:
+            runs.append(run_labels(model, sized, labels, training=True)[0])
+            break
+        except Exception:  # a network that only evaluates; what it does in training does not count
+            continue
     total = sum(v.numel() for v in labels.values())
     classes = _classes(total, runs)
     reasons = _reasons(classes, runs)
@@ -155,17 +158,6 @@ def _number(model: nn.Module) -> tuple[dict[Dim, Tensor], dict[Dim, int]]:
         labels[dim] = torch.arange(count, count + size)
         count += size
     return labels, first
-
-
-def _run(model: nn.Module, inputs: Inputs, labels: Mapping[Dim, Tensor], training: bool) -> Run:
-    try:
-        return run_labels(model, inputs, labels, training=training)[0]
-    except Exception as error:
-        raise ValueError(
-            f"the model could not be run on the example inputs ({inputs}): "
-            f"{type(error).__name__}: {error}. Pass what its forward takes: a tensor, a tuple of "
-            f"positional inputs or a dict of keyword inputs"
-        ) from error
 
 
 def _vector(labels: Tensor) -> np.ndarray:

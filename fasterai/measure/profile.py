@@ -54,7 +54,7 @@ def compare(
         )
     inputs = Inputs.of(example_inputs, samples=None)
     for model in networks.values():
-        inputs.check(model)
+        Inputs.fitting(model, example_inputs)
     batches = list(batch_sizes or [inputs.samples])
     threads = threads or torch.get_num_threads()
     rows = []
@@ -92,9 +92,9 @@ def _latency(
     for _ in range(_ROUNDS):
         for name, model in networks.items():
             with run_quietly(model):
-                timer = Timer(
-                    "run(model)", globals={"run": inputs, "model": model}, num_threads=threads
-                )
+                copies = inputs.copies()  # a forward may write into them
+                names = {"model": model, "args": copies.args, "kwargs": copies.kwargs}
+                timer = Timer("model(*args, **kwargs)", globals=names, num_threads=threads)
                 taken[name].append(timer.blocked_autorange(min_run_time=seconds / _ROUNDS))
     return {name: Measurement.merge(runs)[0] for name, runs in taken.items()}
 
@@ -105,7 +105,7 @@ def macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     Convs and matrix products are counted, by torch's own counter; a module that runs twice counts
     twice.
     """
-    inputs = Inputs.of(example_inputs, samples=1)
+    inputs = Inputs.fitting(model, example_inputs)
     counter = FlopCounterMode(display=False)
     with run_quietly(model), plain_attention(), counter:
         inputs(model)

@@ -64,9 +64,8 @@ class Pruner:
         exclude: LayerChoice | Iterable[LayerChoice] = (),
     ) -> None:
         self.model = model
-        self.inputs = Inputs.of(example_inputs)
-        self.inputs.check(model)
         self._excluded = pick(model, exclude, "exclude")
+        self.inputs = Inputs.fitting(model, example_inputs)
         self.plan: Plan | None = None
         self.max_abs_diff: float | None = None
         self.max_rel_diff: float | None = None

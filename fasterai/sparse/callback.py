@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.granularity import Granularity
 from ..core.masks import Limits, as_fraction
-from ..core.names import LayerChoice
+from ..core.names import LayerChoice, as_choices
 from ..core.schedule import Schedule, agp, as_schedule
 from ..measure.pictures import plot_steps
 from .choose import NothingToSparsify
@@ -76,7 +76,8 @@ class SparsifyCallback(Callback):
         self.schedule = as_schedule(schedule)
         Limits(min_keep, round_to)
         self.min_keep, self.round_to = min_keep, round_to
-        self.layers, self.exclude, self.example_inputs = layers, exclude, example_inputs
+        self.layers = None if layers is None else as_choices(layers)
+        self.exclude, self.example_inputs = as_choices(exclude), example_inputs
         self.history: list[tuple[int, float]] = []
         self._sparsifier: Sparsifier | None = None
         self._training = self._silent = False
@@ -158,6 +159,8 @@ class SparsifyCallback(Callback):
             self._from = sparsifier.held() if initial is None else sparsifier.targets(initial)
             if any(self._to):
                 sparsifier.scores()  # a criterion that fails does so before training
+            if not any(self._to):
+                sparsifier.release()  # nothing is asked: train as without a callback
             sparsifier.apply()
         self._training = True
 
@@ -199,6 +202,8 @@ class SparsifyCallback(Callback):
         if self._sparsifier is None:
             return
         share = self._updates[due - 1][1]
+        if not any(self._to):
+            return
         way = zip(self._from, self._to, strict=True)
         self._sparsifier.sparsify_to([(1 - share) * a + share * b for a, b in way])
         self.history.append((finished, self._sparsifier.reached()))

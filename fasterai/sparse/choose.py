@@ -160,18 +160,15 @@ def _coupled(
         if needed:
             raise ValueError("granularity 'filter' needs example_inputs, to see what is coupled")
         return None, None
-    inputs = Inputs.of(example_inputs)
-    inputs.check(model)
     try:
-        return inputs, couple(model, inputs)
+        inputs = Inputs.fitting(model, example_inputs)
     except ValueError as error:
         if guessed and needed:
-            raise ValueError(
-                f"pass example_inputs: on a random image of 64 x 64, {error}"
-            ) from error
+            raise ValueError(f"pass example_inputs: on a random image, {error}") from error
         if guessed:
             return None, None
         raise
+    return inputs, couple(model, inputs)
 
 
 def _default_inputs(model: nn.Module) -> Tensor | None:

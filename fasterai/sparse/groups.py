@@ -18,6 +18,8 @@ from ..coupling.units import Axis
 
 __all__ = ["Groups", "LayerGroups", "UnitGroups"]
 
+_SPEAKING = (PRODUCE, SCALE, SHIFT)  # what makes a channel speak: all of it is zeroed
+
 
 class Groups(Protocol):
     """The groups of one layer, or of one axis of coupled layers."""
@@ -37,10 +39,10 @@ class Groups(Protocol):
         """(free,) one score a group."""
 
     def zeroed(self) -> Tensor:
-        """(free,) bool, the groups whose weights are all zero."""
+        """(free,) bool, the groups all of whose parameters are zero."""
 
     def write(self, zero: Tensor, masks: Mapping[str, Tensor]) -> None:
-        """Put (free,) bool `zero` into the masks of the parameters these groups are made of."""
+        """Put 0 where (free,) bool `zero` says so into masks of 1, of these groups' parameters."""
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -128,30 +130,28 @@ class UnitGroups:
         return unit_scores(self.tensors, self.axis, criterion, relative=relative)
 
     def zeroed(self) -> Tensor:
-        zero = zeroed_units(self.tensors, self.axis)
+        zero = zeroed_units(self.tensors, self.axis, _SPEAKING)
         return zero[self.axis.free.to(zero.device)]
 
     def write(self, zero: Tensor, masks: Mapping[str, Tensor]) -> None:
         gone = torch.zeros(self.axis.size, dtype=torch.bool)
         gone[self.axis.free[zero.cpu()]] = True
-        for slot in self.axis.having(PRODUCE, SCALE, SHIFT):
+        for slot in self.axis.having(*_SPEAKING):
             mask = masks.get(slot.parameter)
             if mask is not None:  # buffers are not masked
-                lost = gone[slot.unit]
-                mask.index_fill_(slot.dim, slot.index[~lost].to(mask.device), 1)
-                mask.index_fill_(slot.dim, slot.index[lost].to(mask.device), 0)
+                mask.index_fill_(slot.dim, slot.index[gone[slot.unit]].to(mask.device), 0)
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
-        slots = self.axis.having(PRODUCE, SCALE, SHIFT)
+        slots = self.axis.having(*_SPEAKING)
         return {
             s.parameter: self.tensors[s.parameter] for s in slots if s.parameter in self.tensors
         }
 
     def tally(self, macs: Mapping[str, int]) -> dict[str, int]:
-        zero = zeroed_units(self.tensors, self.axis).cpu()
+        zero = zeroed_units(self.tensors, self.axis, _SPEAKING).cpu()
         weights = zero_weights = parameters = zero_parameters = cost = zero_cost = 0
-        for slot in self.axis.having(PRODUCE, SCALE, SHIFT):
+        for slot in self.axis.having(*_SPEAKING):
             if slot.parameter not in self.tensors:
                 continue
             rows = self.tensors[slot.parameter].shape[slot.dim]

@@ -208,6 +208,8 @@ class Sparsifier:
         return any(n > h for n, h in zip(counts, have, strict=True))
 
     def _set(self, zero: Sequence[Tensor]) -> None:
+        for mask in self.masks.values():
+            mask.fill_(1)
         for group, z in zip(self._groups, zero, strict=True):
             group.write(z, self.masks)
         self._zeros = sum(int(z.count_nonzero()) for z in zero)
