@@ -265,7 +265,7 @@ def test_save_load_and_export(tmp_path):
 def test_schedules_that_do_not_fit_are_warned_of():
     with pytest.warns(UserWarning, match="never fires: it starts at step 500, the fit has 8"):
         learner().fit(1, cbs=SparsifyCallback(0.5, schedule=agp.over(start=500, end=600)))
-    with pytest.warns(UserWarning, match="target is not reached.*ends at step 20"):
+    with pytest.warns(UserWarning, match="target is not reached.*due at step 20"):
         learner().fit(1, cbs=SparsifyCallback(0.5, schedule=agp.over(start=0, end=20)))
 
 
@@ -327,5 +327,5 @@ def test_a_model_of_frozen_layers_only_trains_on_with_a_warning():
     with pytest.warns(UserWarning, match="nothing to sparsify.*unfreeze"):
         learn.fit(1, cbs=SparsifyCallback(0.5, "filter"))
     assert learn.recorder.values[-1][-1] == 0.0
-    with pytest.raises(RuntimeError, match="fit with this callback first"):
+    with pytest.raises(RuntimeError, match="no fit with this callback"):
         SparsifyCallback(0.5).report()

@@ -269,7 +269,7 @@ def test_floors_and_multiples_are_reported():
     sparsifier.sparsify_model(0.9)
     table = sparsifier.report().set_index("layer")
     assert table.loc[["a", "b", "fc1"], "zeros"].tolist() == [4, 8, 6]
-    assert table.loc["a", "n"] == 7 and table.loc["a", "limit"] == "min_keep"
+    assert table.loc["a", "n"] == 7 and table.loc["a", "limit"] == "min_keep, round_to"
     assert table.loc["total", "zeros"] == 18
 
 

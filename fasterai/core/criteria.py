@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .schedule import Schedule
+
 __all__ = [
     "Criterion",
     "as_criterion",
@@ -50,8 +52,11 @@ class Criterion:
             ValueError: the scores have another shape, are not real numbers, or hold nan; `name`
                 says whose.
         """
-        scores = self.func(weight.detach())
         who = f"criterion {self.name or self.func!r}"
+        try:
+            scores = self.func(weight.detach())
+        except Exception as error:  # whatever user code raises
+            raise ValueError(f"{who} failed on {name}: {type(error).__name__}: {error}") from error
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
             raise ValueError(
@@ -78,7 +83,7 @@ def as_criterion(criteria: Criterion | Callable[[Tensor], Tensor]) -> Criterion:
     """A criterion as it is; any other function of the weight is averaged over a group."""
     if isinstance(criteria, Criterion):
         return criteria
-    if not callable(criteria):
+    if not callable(criteria) or isinstance(criteria, type | Schedule):
         raise TypeError(
             f"criteria must be a Criterion (large_final, squared_final, small_final, "
             f"random_scores) or a function from a weight to scores of its shape, got {criteria!r}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, least in (("min_keep", 0), ("round_to", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
                 raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
 
     def most(self, size: int, free: int) -> int:

@@ -14,7 +14,13 @@ LayerChoice = str | type[nn.Module]
 
 def as_choices(choices: LayerChoice | Iterable[LayerChoice]) -> tuple[LayerChoice, ...]:
     """One choice or several as a tuple."""
-    return (choices,) if isinstance(choices, str | type) else tuple(choices)
+    if isinstance(choices, str | type):
+        return (choices,)
+    if not isinstance(choices, Iterable):
+        raise TypeError(
+            f"layers are chosen by names and types, in a list or alone, got {choices!r}"
+        )
+    return tuple(choices)
 
 
 def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argument: str) -> set[str]:
@@ -24,6 +30,9 @@ def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argumen
         ValueError: a name the model does not have; near matches are listed.
         TypeError: neither a name nor a module type.
     """
+    if not isinstance(model, nn.Module):
+        fix = "; pass learn.model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{fix}")
     names = [name for name, _ in model.named_modules()]
     chosen: set[str] = set()
     for choice in as_choices(choices):
@@ -41,5 +50,7 @@ def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argumen
 def unknown_name(name: str, known: Iterable[str], argument: str) -> str:
     """The message for a layer that does not exist."""
     near = get_close_matches(name, [n for n in known if n], n=3, cutoff=0.5)
-    hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+    hint = (
+        f"; did you mean {', '.join(map(repr, near))}?" if near else "; see model.named_modules()"
+    )
     return f"{argument}: the model has no layer {name!r}{hint}"

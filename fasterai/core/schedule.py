@@ -67,7 +67,13 @@ class Schedule:
         """
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"progress must be in [0, 1], got {p!r}")
-        share = self.func(p)
+        try:
+            share = self.func(p)
+        except Exception as error:  # whatever user code raises
+            raise ValueError(
+                f"schedule {self.name or self.func!r} failed at progress {p:g}: "
+                f"{type(error).__name__}: {error}; it is called with one number in [0, 1]"
+            ) from error
         number = isinstance(share, Real) and not isinstance(share, bool)
         if not number or not 0.0 <= share <= 1.0:
             raise ValueError(
@@ -86,7 +92,7 @@ class Schedule:
 
         They come at `t0, t0 + dt, ..., t0 + n dt` with `n = max(1, floor((end - t0) / dt))`, and
         the shares at both ends are exactly `func(0)` and `func(1)`. A span of no length is a
-        single update with the whole share.
+        single update with the whole share, and one shorter than `dt` ends at `t0 + dt`.
 
         Args:
             total: training steps in the fit.

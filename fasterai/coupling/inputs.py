@@ -54,6 +54,9 @@ class Inputs:
                 f"keyword inputs that holds a tensor, got {type(example_inputs).__name__}; of a "
                 f"DataLoader pass a batch's inputs, as in dls.one_batch()[0]"
             )
+        if not all(x.numel() for x in found):
+            shapes = [tuple(x.shape) for x in found]
+            raise ValueError(f"example_inputs hold an empty tensor (shapes {shapes}): pass a batch")
         sizes = {x.shape[0] if x.ndim else None for x in found}
         batch = sizes.pop() if len(sizes) == 1 else None
         inputs = cls(*tree_map(_plain, (args, kwargs)), batch or None)
@@ -101,12 +104,14 @@ class Inputs:
     def random_like(self) -> Inputs:
         """Other inputs of the same form: floats are normal with the same mean and spread.
 
-        Integer and bool tensors stay as they are, for they may be indices. The global random
+        Integers stay as they are, for they may be indices; bools are flipped. The global random
         state is not touched.
         """
         generator = torch.Generator().manual_seed(0)
 
         def other(x: Tensor) -> Tensor:
+            if x.dtype == torch.bool:
+                return ~x
             if not x.is_floating_point() or not x.numel():
                 return x
             noise = torch.randn(x.shape, generator=generator).to(x)
@@ -180,30 +185,33 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
     No gradients, no autocast; training flags, buffers and the random state are put back.
     """
     modes = [(m, m.training) for m in model.modules()]
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("a ScriptModule cannot be traced: pass the model it was made from")
     buffers = [(m, dict(m._buffers)) for m in model.modules()]
-    copies = [(b, b.clone()) for b in model.buffers()]
+    copies = {id(b): b.clone() for b in model.buffers()}
     gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
     numbers = random.getstate(), np.random.get_state()
     try:
+        for module, own in buffers:  # it runs on copies: a graph that is alive keeps its buffers
+            module._buffers.update({k: copies[id(b)] for k, b in own.items() if b is not None})
         with (
             torch.random.fork_rng(list(gpus)),
             torch.no_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
         ):
-            model.train(training)
+            for module, _ in modes:  # not model.train(), which some override to merge weights
+                module.training = training
             yield
     finally:
         random.setstate(numbers[0])
         np.random.set_state(numbers[1])
         for module, mode in modes:
             module.training = mode
-        for module, entries in buffers:
-            module._buffers.update(entries)
-        with torch.no_grad():
-            for buffer, copy in copies:
-                if not torch.equal(buffer, copy):
-                    buffer.copy_(copy)
+        for module, own in buffers:
+            for name in set(module._buffers) - set(own):  # made by this run
+                del module._buffers[name]
+            module._buffers.update(own)
 
 
 @contextmanager

@@ -125,6 +125,8 @@ class Tracer(TorchDispatchMode):
         """Give `out` these fields; integers carry none, for they are counts and indices."""
         if out.is_floating_point() or out.is_complex() or out.dtype == torch.bool:
             self.fields[out] = tuple(f for f in fields if f is not None)
+        else:
+            self.pin(fields, "made an integer")
 
     def join(self, a: Field, b: Field) -> None:
         """The labels of two fields, broadcast against each other, belong together."""

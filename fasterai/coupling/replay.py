@@ -13,7 +13,7 @@ from .labels import FIXED, Dim, Run, dims_of
 from .run import run_labels
 from .units import Coupling
 
-__all__ = ["replay"]
+__all__ = ["replay", "surviving"]
 
 
 def replay(
@@ -35,17 +35,23 @@ def replay(
     Raises:
         RuntimeError: two channels meet that did not belong together, or one meets a fixed width.
     """
-    sizes = dims_of(model)
-    labels = {
-        dim: coupling.first[dim] + kept.get(dim, torch.arange(tensor.shape[dim.dim]))
-        for dim, tensor in sizes.items()
-    }
+    labels = surviving(model, coupling, kept)
     free = np.append(~coupling.pinned, False)  # FIXED, the last one, is not free
     free[list(alone)] = False
     for training in (False, True)[: 1 + coupling.trains]:
         sized = inputs.at_least(2) if training else inputs
         said, _ = run_labels(model, sized, labels, training=training)
         _agree(said, coupling.classes, free)
+
+
+def surviving(
+    model: nn.Module, coupling: Coupling, kept: Mapping[Dim, Tensor]
+) -> dict[Dim, Tensor]:
+    """The labels of the positions that a cut left; see `replay`."""
+    return {
+        dim: coupling.first[dim] + kept.get(dim, torch.arange(tensor.shape[dim.dim]))
+        for dim, tensor in dims_of(model).items()
+    }
 
 
 def _agree(said: Run, classes: np.ndarray, free: np.ndarray) -> None:

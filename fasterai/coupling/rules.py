@@ -158,8 +158,10 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         return unknown(t, func, args, kwargs, out)
     operands = [_aligned(t, x, result.ndim) for x in tensors_in((args, dict(kwargs)))]
     shapes = [shape for shape, _ in operands]
-    role = SHIFT if name in ("add", "sub", "rsub") else SCALE if name in ("mul", "div") else FOLLOW
+    role = SHIFT if name in ("add", "sub", "rsub") else SCALE if name == "mul" else FOLLOW
     pairs = [(shape, f) for shape, fields in operands for f in fields]
+    if name == "masked_fill" and not (isinstance(args[2], int | float) and args[2] == 0):
+        t.pin([f for _, f in pairs], "masked_fill writes a constant into its channels")
     for _, own in operands:
         if len(own) == 1:  # a vector of parameters, not a weight on its way to a layer
             t.mark(own[0], role)
@@ -241,6 +243,7 @@ def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     of_in, of_out = (0, 1) if transposed else (1, 0)
     made = t.along(weight, of_out)
     t.pin([f for f in t.of(weight) if set(f.dims) - {0, 1}], "spatial size of a kernel")
+    t.pin([f for f in t.of(x) if f.dims != (1,)], "batch or positions of a convolution")
     if groups == 1:
         t.mark(made, PRODUCE)
         _contract(t, x, 1, weight, of_in)

@@ -23,9 +23,10 @@ def run_labels(
     watch: bool = False,
 ) -> tuple[Run, Any]:
     """Run `model` on `inputs` with these labels; returns what was said and the output."""
-    tracer = Tracer(model, labels, follow, watch=watch)
-    with run_quietly(model, training), plain_attention(), tracer:
-        out = inputs(model)
+    with run_quietly(model, training), plain_attention():
+        tracer = Tracer(model, labels, follow, watch=watch)  # it knows the buffers of this run
+        with tracer:
+            out = inputs(model)
     for x in tensors_in(out):
         tracer.pin(tracer.of(x), "network output")
         tracer.said.outputs.extend(f.labels.flatten() for f in tracer.of(x))

@@ -52,6 +52,9 @@ def compare(
             f"compare takes networks by name, as in compare({{'dense': model}}, x), "
             f"got {type(networks).__name__}"
         )
+    for model in networks.values():
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"compare takes torch modules, got {type(model).__name__}")
     inputs = Inputs.of(example_inputs, samples=None)
     for model in networks.values():
         Inputs.fitting(model, example_inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..coupling.inputs import Inputs, run_quietly, tensors_in
-from ..coupling.labels import CONSUME, Dim, dims_of
+from ..coupling.labels import CONSUME, Dim
+from ..coupling.replay import surviving
 from ..coupling.run import run_labels
 from ..coupling.units import Axis, Coupling
 
-__all__ = ["Differences", "differences", "outputs", "peaks", "silenced"]
+__all__ = ["Differences", "alike", "differences", "outputs", "peaks", "silenced"]
 
 # The largest relative difference that rounding explains; wrong wiring gives far more.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _ROUNDING |= {torch.complex64: 1e-4, torch.complex128: 1e-9}
 
 
@@ -80,15 +81,23 @@ def differences(expected: Sequence[list[Tensor]], got: Sequence[list[Tensor]]) -
     return Differences(absolute, relative, small)
 
 
-def peaks(model: nn.Module, inputs: Inputs, coupling: Coupling) -> Tensor:
+def alike(before: Tensor, after: Tensor, dtype: torch.dtype) -> bool:
+    """Whether rounding in `dtype` explains how these magnitudes differ, each by its own size."""
+    seen = before[(before > 0) & before.isfinite()]
+    usual = seen.median() if len(seen) else 0.0
+    bound = _ROUNDING.get(dtype, 1e-4) * (10 * before + usual / 10)
+    return bool((((before - after).abs() <= bound) | ~before.isfinite()).all())
+
+
+def peaks(
+    model: nn.Module, inputs: Inputs, coupling: Coupling, kept: Mapping[Dim, Tensor] | None = None
+) -> Tensor:
     """The largest magnitude with which each class of channels arrives at its consumers.
 
-    Seen in eval mode on the inputs and on random ones of the same form.
+    Seen in eval mode on the inputs and on random ones of the same form; 0 for what never does.
+    `kept` are the positions that stayed of a network that was cut.
     """
-    labels = {
-        dim: coupling.first[dim] + torch.arange(tensor.shape[dim.dim])
-        for dim, tensor in dims_of(model).items()
-    }
+    labels = surviving(model, coupling, kept or {})
     classes = torch.from_numpy(coupling.classes).long()
     found = torch.zeros(len(classes), dtype=torch.float64)  # there are no more classes than labels
     runs = [run_labels(model, inputs, labels, watch=True)[0]]
@@ -113,14 +122,19 @@ def silenced(model: nn.Module, removals: Sequence[tuple[Axis, Tensor]]) -> Itera
         for slot in axis.having(CONSUME):
             index = slot.index[units[slot.unit]]
             columns.setdefault(slot.dimension, []).append(index)
-    saved = [(tensors[dim.parameter], tensors[dim.parameter].detach().clone()) for dim in columns]
+    undo = []
     try:
         with torch.no_grad():
-            for dim, found in columns.items():
-                p = tensors[dim.parameter]
-                p.index_fill_(dim.dim, torch.cat(found).to(p.device), 0)
+            for name in {dim.parameter for dim in columns}:
+                p = tensors[name]
+                ignoring = p.detach().clone()
+                for dim, found in columns.items():
+                    if dim.parameter == name:
+                        ignoring.index_fill_(dim.dim, torch.cat(found).to(p.device), 0)
+                undo.append((p, p.detach()))
+                p.set_(ignoring)
         yield
     finally:
         with torch.no_grad():
-            for p, copy in saved:
-                p.copy_(copy)
+            for p, before in undo:
+                p.set_(before)

@@ -98,6 +98,9 @@ class Pruner:
         do not belong together, or computes something else: nothing else, for None; than the
         network that ignores the removed channels, for a fraction. What stays is named in
         `kept()`.
+
+        Tensors change their shapes: an optimizer must start afresh, as in
+        `learn.fit(..., reset_opt=True)`.
         """
         limits = Limits(min_keep, round_to)
         decision = self._decide(sparsity, context, criteria, limits, verify)
@@ -111,7 +114,7 @@ class Pruner:
         if plan.removed:
             self.model.zero_grad(set_to_none=True)
         else:
-            why = _why_nothing(sparsity, decision.stay)
+            why = self._why_nothing(sparsity)
             warnings.warn(f"nothing was removed: {why}", stacklevel=2)
         return self.model
 
@@ -186,14 +189,21 @@ class Pruner:
             stay.extend((self._axes[a].name, u, reason) for u in units)
         return _Decision(remove, stay, trial.apart)
 
+    def _why_nothing(self, sparsity: float | None) -> str:
+        if self._stay and (sparsity is None or any(len(a.free) for a in self._axes) is False):
+            return "see kept() for what stayed and why"
+        if sparsity is not None:
+            return f"{sparsity} of the free channels of a layer rounds to none, see also kept()"
+        weights = [p for p in self.model.parameters() if p.ndim > 1]
+        share = sum(int((p == 0).count_nonzero()) for p in weights) / sum(
+            p.numel() for p in weights
+        )
+        return (
+            f"no whole channel is zero ({share:.0%} of the weights are); sparsify with "
+            f"granularity='filter' and prune before training on without the callback, or pass a "
+            f"sparsity"
+        )
+
 
 def _shapes(model: nn.Module) -> dict[Dim, int]:
     return {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()}
-
-
-def _why_nothing(sparsity: float | None, stay: list[Stay]) -> str:
-    if stay:
-        return "see kept() for what stayed and why"
-    if sparsity is None:
-        return "no channel is zero; pass a sparsity, or train with SparsifyCallback first"
-    return f"a share of {sparsity} of the free channels rounds to none of them"

@@ -119,6 +119,6 @@ _MENDERS: dict[type[nn.Module], Callable[[Any], dict[str, int]]] = {
     nn.modules.conv._ConvNd: _conv,
     nn.Linear: _linear,
     nn.modules.batchnorm._BatchNorm: _norm,
-    nn.InstanceNorm2d: _norm,
+    nn.modules.instancenorm._InstanceNorm: _norm,
     nn.PReLU: _prelu,
 }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..coupling.inputs import Inputs
 from ..coupling.replay import replay
 from ..coupling.units import Axis, Coupling
-from .check import Differences, differences, outputs, silenced
+from .check import Differences, alike, differences, outputs, peaks, silenced
 from .plan import Removal, positions_kept
 from .surgery import cut
 
@@ -64,27 +65,41 @@ class Trial:
         kept = positions_kept(self.model, self.axes, remove)
         expected = self._expected(remove)
         undo = cut(self.model, kept)
+        apart, same = None, True
         try:
             replay(self.model, self.inputs, self.coupling, kept, self._alone(remove))
-            apart = None
             if expected is not None:
-                apart = differences(expected, outputs(self.model, self.inputs))
+                apart = differences(expected[0], outputs(self.model, self.inputs))
+                arriving = peaks(self.model, self.inputs, self.coupling, kept)
+                same = self._same(remove, expected[1], arriving)
         except Exception as error:  # whatever a cut network may raise
             return f"cutting it breaks the network: {type(error).__name__}: {error}"
         finally:
             undo()
         if apart is not None and not apart.small:
             return f"cutting it changes the outputs by {apart.relative:.2g} of the largest"
+        if not same:
+            return "cutting it changes what arrives at other layers"
         self.apart = apart
         return None
 
-    def _expected(self, remove: Removal) -> list[list[Tensor]] | None:
+    def _expected(self, remove: Removal) -> tuple[list[list[Tensor]], Tensor] | None:
+        """Outputs, and what arrives at each layer, of the network to compare with."""
         if not self.verify:
             return None
-        if self.exact:
-            return outputs(self.model, self.inputs)
-        with silenced(self.model, [(self.axes[a], units) for a, units in remove.items()]):
-            return outputs(self.model, self.inputs)
+        ignored = [] if self.exact else [(self.axes[a], units) for a, units in remove.items()]
+        with silenced(self.model, ignored):
+            arriving = peaks(self.model, self.inputs, self.coupling)
+            return outputs(self.model, self.inputs), arriving
+
+    def _same(self, remove: Removal, before: Tensor, after: Tensor) -> bool:
+        """Whether the channels that stay arrive as before; outputs may hide a small branch."""
+        stays = torch.ones_like(before, dtype=torch.bool)
+        for a, units in remove.items():
+            stays[self.coupling.classes_of(self.axes[a])[units]] = False
+        stays[self._alone(remove)] = False  # a single channel carries no label
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        return alike(before[stays], after[stays], dtype)
 
     def _alone(self, remove: Removal) -> list[int]:
         """Classes of the units that are left alone in their axis."""

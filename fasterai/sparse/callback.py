@@ -128,7 +128,7 @@ class SparsifyCallback(Callback):
     def report(self) -> pd.DataFrame:
         """What was asked and what the model holds, a row a layer; see `Sparsifier.report`."""
         if self._sparsifier is None:
-            raise RuntimeError("nothing to report yet: fit with this callback first")
+            raise RuntimeError("nothing to report: no fit with this callback, or all was frozen")
         return self._sparsifier.report()
 
     def plot_sparsity(self, ax: Any = None) -> Any:
@@ -186,7 +186,8 @@ class SparsifyCallback(Callback):
         if sparsifier.frozen_share > 0.1:
             warnings.warn(
                 f"{sparsifier.frozen_share:.0%} of the weights are frozen, stay dense and do not "
-                f"count; call learn.unfreeze() to sparsify them",
+                f"count; call learn.unfreeze() to sparsify them (fine_tune does so by itself after "
+                f"its first part)",
                 stacklevel=2,
             )
         return sparsifier
@@ -205,7 +206,8 @@ class SparsifyCallback(Callback):
         if not any(self._to):
             return
         way = zip(self._from, self._to, strict=True)
-        self._sparsifier.sparsify_to([(1 - share) * a + share * b for a, b in way])
+        now = [(1 - share) * a + share * b for a, b in way]
+        self._sparsifier.sparsify_to(now, asked=self._to)
         self.history.append((finished, self._sparsifier.reached()))
 
     def _warn_of_span(self) -> None:
@@ -218,8 +220,14 @@ class SparsifyCallback(Callback):
             )
         elif last > self._total:
             warnings.warn(
-                f"the target is not reached in this fit: the schedule ends at step {last}, the "
-                f"fit has {self._total}; train longer or end it earlier",
+                f"the target is not reached in this fit: the last update is due at step {last}, "
+                f"the fit has {self._total}; train longer, end it earlier or update more often",
+                stacklevel=2,
+            )
+        elif self._updates[-1][1] < 1:
+            warnings.warn(
+                f"the schedule ends at {self._updates[-1][1]:.0%} of the way to the target: it "
+                f"should go from progress to the share of the way, 1 at the end",
                 stacklevel=2,
             )
 

@@ -69,9 +69,11 @@ def choose(
     if not groups:
         raise NothingToSparsify(_nothing(granularity, skipped), _FROZEN in skipped.values())
     weights = [
-        m.weight
+        m._parameters["weight"]  # not the attribute, which a parametrization would compute
         for name, m in chosen.items()
-        if isinstance(m, maskable_types()) and skipped.get(name) != "network output"
+        if isinstance(m, maskable_types())
+        and skipped.get(name) != "network output"
+        and m._parameters.get("weight") is not None
     ]
     frozen = sum(w.numel() for w in weights if not w.requires_grad)
     share = frozen / max(sum(w.numel() for w in weights), 1)
@@ -89,17 +91,17 @@ def _inside_layers(
     skipped: dict[str, str] = {}
     for name, layer in chosen.items():
         along = granularity.along(dimensions(layer) or "")
+        weight = layer._parameters.get("weight")
         if name in outputs:
             skipped[name] = "network output"
         elif along is None:
             skipped[name] = f"{type(layer).__name__} has no granularity {granularity.name!r}"
-        elif id(layer.weight) not in parameters:
+        elif weight is None:
             skipped[name] = "its weight is computed (a parametrization), not a parameter"
-        elif not layer.weight.requires_grad:
+        elif not weight.requires_grad:
             skipped[name] = _FROZEN
-        elif id(layer.weight) not in groups and layer.weight.numel():
-            parameter = parameters[id(layer.weight)]
-            groups[id(layer.weight)] = LayerGroups(name, parameter, layer.weight, along)
+        elif id(weight) not in groups and weight.numel():
+            groups[id(weight)] = LayerGroups(name, parameters[id(weight)], weight, along)
     return list(groups.values()), skipped
 
 
@@ -130,7 +132,8 @@ def _without(axis: Axis, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor
     for slot in axis.having(PRODUCE):
         if slot.module not in chosen:
             units = slot.unit.tolist()
-            axis = axis.pinned(f"coupled to {slot.module!r}, which is not chosen", units)
+            other = f"coupled to {slot.module!r}, which is not chosen"
+            axis = axis.pinned("not chosen" if slot.module == axis.name else other, units)
     for slot in axis.having(PRODUCE, SCALE, SHIFT):
         p = tensors.get(slot.parameter)
         if p is not None and not p.requires_grad:

@@ -41,8 +41,9 @@ def sparsity_report(
     if asked is not None:
         n = round(asked[0] * total["groups"]) if together else sum(row["n"] for row in rows)
         total["n"], total["asked"] = n, asked[0] if together else n / total["groups"]
-        if together and total["zeros"] != n:
-            total["limit"] = "held" if total["zeros"] > n else "min_keep or round_to"
+        if together:
+            bound = sum(limits.most(g.size, g.free) for g in groups)
+            total["limit"] = _limit(total["zeros"], n, bound, limits.round_to)
     left = [{"layer": k, "coupled": "", "groups": 0, "limit": why} for k, why in skipped.items()]
     order = ["layer", "coupled", "groups", "asked", "n", "zeros", "reached", "limit", *_COUNTS]
     table = pd.DataFrame([*rows, *left, total], columns=order)
@@ -64,9 +65,16 @@ def _row(
     }
     if asked is not None:
         row["asked"], row["n"] = asked, round(asked * group.free)
-        if zeros > row["n"]:
-            row["limit"] = "held"
-        elif zeros < row["n"]:
-            floor = limits.most(group.size, group.free) < row["n"]
-            row["limit"] = "min_keep" if floor else "round_to"
+        bound = limits.most(group.size, group.free)
+        row["limit"] = _limit(zeros, row["n"], bound, limits.round_to)
     return row
+
+
+def _limit(zeros: int, n: int, bound: int, round_to: int) -> str:
+    """Why there are not `n` zeros."""
+    if zeros >= n:
+        return "held" if zeros > n else ""
+    short = min(n, bound) - zeros
+    if short >= round_to:
+        return "not reached, or trained on since"
+    return ", ".join(["min_keep"] * (n > bound) + ["round_to"] * (short > 0))

@@ -107,7 +107,11 @@ class Sparsifier:
             if weights[0].device != masks[0].device:  # the model was moved
                 masks = [m.to(w.device) for m, w in zip(masks, weights, strict=True)]
                 self.masks = dict(zip(self.masks, masks, strict=True))
-            apply_masks(weights, masks)
+            try:
+                apply_masks(weights, masks)
+            except RuntimeError:
+                self._refuse_pruned()
+                raise
 
     def report(self) -> pd.DataFrame:
         """What was asked and what the model holds now, a row a layer; last 'total'.
@@ -118,12 +122,7 @@ class Sparsifier:
         `weights`, `parameters` and `macs` (one sample), in all and zero. Zeros save no MACs
         until they are removed.
         """
-        now = dict(self.model.named_parameters())
-        if any(p.shape != self._shapes[name] for name, p in now.items() if name in self._shapes):
-            raise RuntimeError(
-                "the model was pruned since it was sparsified: take this report before pruning, "
-                "or ask the Pruner for its own"
-            )
+        self._refuse_pruned()
         counted = macs(self.model, self._inputs) if self._inputs is not None else {}
         together = self.context == "global"
         return sparsity_report(
@@ -167,8 +166,9 @@ class Sparsifier:
             return (sum(zeros) / sum(free),)
         return tuple(z / n for z, n in zip(zeros, free, strict=True))
 
-    def sparsify_to(self, targets: Sequence[float]) -> None:
-        """Zero these fractions; see `targets`."""
+    def sparsify_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
+        """Zero these fractions, see `targets`; on the way to those `asked` in the end."""
+        self._refuse_pruned()
         free = [g.free for g in self._groups]
         if self.context == "global":
             counts: int | list[int] = round(targets[0] * sum(free))
@@ -178,7 +178,7 @@ class Sparsifier:
         if self._more(counts, held):
             sizes = [g.size for g in self._groups]
             held = select(self.scores(), counts, held=held, sizes=sizes, limits=self.limits)
-        self.asked = tuple(targets)
+        self.asked = tuple(targets if asked is None else asked)
         self._set(held)
         self.apply()
 
@@ -196,6 +196,13 @@ class Sparsifier:
         self.masks, self._any = {}, False
 
     # --- inside --------------------------------------------------------------------------------
+
+    def _refuse_pruned(self) -> None:
+        if any(p.shape != self._shapes[name] for name, p in self._covered.items()):
+            raise RuntimeError(
+                "the model was pruned since this Sparsifier looked at it: make a new one; take a "
+                "report before pruning, or ask the Pruner for its own"
+            )
 
     def _held(self) -> list[Tensor]:
         return [g.zeroed() for g in self._groups]
