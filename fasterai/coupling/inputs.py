@@ -71,6 +71,8 @@ class Inputs:
                 has lazy layers that never ran.
         """
         few, whole = cls.of(example_inputs), cls.of(example_inputs, samples=None)
+        if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+            raise TypeError("a ScriptModule cannot be traced: pass the model it was made from")
         if any(is_lazy(p) for p in model.parameters()):
             raise ValueError("the model has lazy layers: run it once on a batch first")
         few.check(model)
@@ -185,8 +187,6 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
     No gradients, no autocast; training flags, buffers and the random state are put back.
     """
     modes = [(m, m.training) for m in model.modules()]
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("a ScriptModule cannot be traced: pass the model it was made from")
     buffers = [(m, dict(m._buffers)) for m in model.modules()]
     copies = {id(b): b.clone() for b in model.buffers()}
     gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}

@@ -77,7 +77,7 @@ def _size(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "nonzero": sum(int(p.count_nonzero()) for p in model.parameters()),
-        "macs": macs(model, inputs)[""],
+        "macs": macs(model, inputs).get("", pd.NA),
         "bytes": _bytes(model),
     }
 
@@ -106,12 +106,15 @@ def macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """MACs for one sample by module name, `''` for the whole network.
 
     Convs and matrix products are counted, by torch's own counter; a module that runs twice counts
-    twice.
+    twice. Empty where that counter cannot run the network, as when it differentiates inside.
     """
     inputs = Inputs.fitting(model, example_inputs)
     counter = FlopCounterMode(display=False)
-    with run_quietly(model), plain_attention(), counter:
-        inputs(model)
+    try:
+        with run_quietly(model), plain_attention(), counter:
+            inputs(model)
+    except Exception:  # the network itself just ran, in `fitting`
+        return {}
     root = type(model).__name__
     counts = counter.get_flop_counts()
     samples = inputs.samples or 1
@@ -131,11 +134,11 @@ def layer_costs(model: nn.Module, example_inputs: Any) -> pd.DataFrame:
         if own:
             inside, outside = _widths(module)
             size = sum(p.numel() for p in own)
-            rows.append((name, inside, outside, size, counted[name]))
-    total = (sum(p.numel() for p in model.parameters()), counted[""])
+            rows.append((name, inside, outside, size, counted.get(name, pd.NA)))
+    total = (sum(p.numel() for p in model.parameters()), counted.get("", pd.NA))
     rows.append(("total", pd.NA, pd.NA, *total))
     table = pd.DataFrame(rows, columns=["layer", "in", "out", "parameters", "macs"])
-    return table.astype({"in": "Int64", "out": "Int64"})
+    return table.astype({"in": "Int64", "out": "Int64", "macs": "Int64"})
 
 
 def _widths(module: nn.Module) -> tuple[Any, Any]:
