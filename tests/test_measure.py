@@ -28,6 +28,7 @@ def test_a_transformer_layer_is_counted():
     expected = n * (3 * d * d + d * d + 2 * d * h) + 2 * n * n * d
     assert macs(layer, torch.randn(1, n, d))[""] == expected
     assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # torch's default is back
 
 
 def test_profile_counts():

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Inputs", "plain_attention", "run_quietly", "tensors_in"]
+__all__ = ["Inputs", "plainly", "run_quietly", "tensors_in"]
 
 
 @dataclass(frozen=True)
@@ -215,12 +215,22 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def plain_attention() -> Iterator[None]:
-    """Let transformer layers run as views and matrix products, not as one fused operation."""
+def plainly() -> Iterator[None]:
+    """Run without shortcuts, so that operations show and numbers can be compared.
+
+    Transformer layers run as views and matrix products, not as one fused operation, and GPUs
+    compute float32 in full, not in TF32.
+    """
     fused = torch.backends.mha.get_fastpath_enabled()
+    units = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    precision = [unit.fp32_precision for unit in units]
     torch.backends.mha.set_fastpath_enabled(False)
+    for unit in units:
+        unit.fp32_precision = "ieee"
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        for unit, before in zip(units, precision, strict=True):
+            unit.fp32_precision = before

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .inputs import Inputs, plain_attention, run_quietly, tensors_in
+from .inputs import Inputs, plainly, run_quietly, tensors_in
 from .labels import Dim, Run, Tracer
 from .rules import follow
 
@@ -23,7 +23,7 @@ def run_labels(
     watch: bool = False,
 ) -> tuple[Run, Any]:
     """Run `model` on `inputs` with these labels; returns what was said and the output."""
-    with run_quietly(model, training), plain_attention():
+    with run_quietly(model, training), plainly():
         tracer = Tracer(model, labels, follow, watch=watch)  # it knows the buffers of this run
         with tracer:
             out = inputs(model)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.benchmark import Measurement, Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..coupling.inputs import Inputs, plain_attention, run_quietly
+from ..coupling.inputs import Inputs, plainly, run_quietly
 
 __all__ = ["compare", "layer_costs", "macs", "profile"]
 
@@ -111,7 +111,7 @@ def macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     inputs = Inputs.fitting(model, example_inputs)
     counter = FlopCounterMode(display=False)
     try:
-        with run_quietly(model), plain_attention(), counter:
+        with run_quietly(model), plainly(), counter:
             inputs(model)
     except Exception:  # the network itself just ran, in `fitting`
         return {}

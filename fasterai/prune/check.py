@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..coupling.inputs import Inputs, run_quietly, tensors_in
+from ..coupling.inputs import Inputs, plainly, run_quietly, tensors_in
 from ..coupling.labels import CONSUME, Dim
 from ..coupling.replay import surviving
 from ..coupling.run import run_labels
@@ -43,7 +43,7 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[list[Tensor]]:
     A model that cannot run on random inputs (it may expect boxes, say) is only run on its own.
     """
     found = []
-    with run_quietly(model):
+    with run_quietly(model), plainly():
         found.append(tensors_in(inputs(model)))
         try:
             found.append(tensors_in(inputs.random_like()(model)))

@@ -1,0 +1,55 @@
+"""The whole way on every device there is: zero, train, remove, compare, train on."""
+
+import copy
+
+import pytest
+import torch
+from networks import ALL, apart, images, make
+
+from fasterai.measure.profile import compare
+from fasterai.prune.pruner import Pruner
+from fasterai.sparse.sparsifier import Sparsifier
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+def loss_of(out):
+    return sum(o.square().mean() for o in (out.values() if isinstance(out, dict) else [out]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize("kind", ALL)
+def test_the_whole_way(kind, context, device):
+    model, x = make(kind).to(device).train(), images(4).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    sparsifier = Sparsifier(model, "filter", context, example_inputs=x)
+    for share in (0.25, 0.5):
+        sparsifier.sparsify_model(share)
+        loss_of(model(x)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sparsifier.apply()
+    zeros = sparsifier.report().iloc[-1]["zeros"]
+    sparse = copy.deepcopy(model.eval())
+    pruner = Pruner(model, x)
+    pruner.prune_model()
+    assert pruner.plan.removed == zeros > 0 and len(pruner.kept()) == 0
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert apart(sparse(x), model(x)) < 1e-5
+    assert all(p.device.type == device for p in model.parameters())
+    table = compare({"sparse": sparse, "pruned": model}, x, seconds=0.02)
+    assert table["macs"].iloc[1] < table["macs"].iloc[0]
+    loss_of(model.train()(x)).backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sparsifier_follows_its_model(device):
+    model = make(ALL[0])
+    sparsifier = Sparsifier(model, example_inputs=images())
+    sparsifier.sparsify_model(0.5)
+    model.to(device)
+    with torch.no_grad():
+        model.a.weight.fill_(1.0)
+    sparsifier.apply()
+    assert int((model.a.weight == 0).sum()) == model.a.weight.numel() // 2
