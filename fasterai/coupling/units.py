@@ -97,7 +97,6 @@ class Coupling:
 
     Args:
         axes: in the order in which their first weight is registered.
-        order: names of the weights that produce channels, in the order they first ran.
         outputs: for each output of the network, the last layer that made its channels.
         first: for each dimension, its first label; labels run on from there.
         classes: the class of joined labels of each label.
@@ -106,7 +105,6 @@ class Coupling:
     """
 
     axes: tuple[Axis, ...]
-    order: tuple[str, ...]
     outputs: tuple[str, ...]
     first: Mapping[Dim, int]
     classes: np.ndarray
@@ -145,9 +143,8 @@ def couple(model: nn.Module, inputs: Inputs) -> Coupling:
     axes, order = _axes(model, labels, classes, runs, reasons)
     pinned = np.zeros(total, dtype=bool)
     pinned[list(reasons)] = True
-    return Coupling(
-        axes, order, _outputs(runs, labels, order), first, classes, pinned, len(runs) > 1
-    )
+    outputs = _outputs(runs, labels, order)
+    return Coupling(axes, outputs, first, classes, pinned, trains=len(runs) > 1)
 
 
 def _number(model: nn.Module) -> tuple[dict[Dim, Tensor], dict[Dim, int]]:

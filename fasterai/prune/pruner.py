@@ -28,10 +28,11 @@ __all__ = ["Pruner"]
 
 @dataclass(frozen=True)
 class _Decision:
-    """Units to remove; why others stay; and how far the outputs are apart."""
+    """Units to remove; why others stay; whether any was to go; how far the outputs are apart."""
 
     remove: Removal
     stay: list[Stay]
+    wanted: bool
     apart: Differences | None
 
 
@@ -114,7 +115,7 @@ class Pruner:
         if plan.removed:
             self.model.zero_grad(set_to_none=True)
         else:
-            why = self._why_nothing(sparsity)
+            why = self._why_nothing(sparsity is None, decision.wanted)
             warnings.warn(f"nothing was removed: {why}", stacklevel=2)
         return self.model
 
@@ -160,12 +161,12 @@ class Pruner:
     # --- inside --------------------------------------------------------------------------------
 
     def _couple(self) -> None:
-        self._shapes = _shapes(self.model)
         self._coupling = couple(self.model, self.inputs)
         self._axes = [
             axis.pinned("excluded") if self._excluded & set(axis.producers) else axis
             for axis in self._coupling.axes
         ]
+        self._shapes = _shapes(self.model)
 
     def _decide(
         self, sparsity: Any, context: str, criteria: Any, limits: Limits, verify: bool
@@ -187,17 +188,16 @@ class Pruner:
         for a, reason in trial.failed.items():
             units = wanted[a].nonzero().flatten().tolist()
             stay.extend((self._axes[a].name, u, reason) for u in units)
-        return _Decision(remove, stay, trial.apart)
+        return _Decision(remove, stay, any(bool(u.any()) for u in wanted.values()), trial.apart)
 
-    def _why_nothing(self, sparsity: float | None) -> str:
-        if self._stay and (sparsity is None or any(len(a.free) for a in self._axes) is False):
+    def _why_nothing(self, exact: bool, wanted: bool) -> str:
+        if not exact and not wanted and any(len(a.free) for a in self._axes):
+            return "that share of the free channels of a layer rounds to none, see also kept()"
+        if self._stay:
             return "see kept() for what stayed and why"
-        if sparsity is not None:
-            return f"{sparsity} of the free channels of a layer rounds to none, see also kept()"
         weights = [p for p in self.model.parameters() if p.ndim > 1]
-        share = sum(int((p == 0).count_nonzero()) for p in weights) / sum(
-            p.numel() for p in weights
-        )
+        zeros = sum(int((p == 0).count_nonzero()) for p in weights)
+        share = zeros / max(1, sum(p.numel() for p in weights))
         return (
             f"no whole channel is zero ({share:.0%} of the weights are); sparsify with "
             f"granularity='filter' and prune before training on without the callback, or pass a "
