@@ -163,7 +163,7 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     ax = plot_training(diary.epochs, diary.accuracy, diary.steps)
     ax.axvline(dense_epochs + sparse_epochs, color="black", linestyle=":", label="pruned here")
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False)
     ax.figure.savefig(OUT / "training.png", dpi=120)
     plot_widths(pruner.report()).figure.savefig(OUT / "channels.png", dpi=120)
     plt.close("all")

@@ -56,7 +56,7 @@ def plot_training(
     ax.plot(epochs, metric, "o-", color=_BLUE, label=metric_name)
     ax.set(xlabel="epoch", ylabel="share", ylim=(0, 1.03), xlim=(0, end * 1.02))
     ax.set_title(f"{metric_name} while sparsity rises")
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False)
     return ax
 
 
