@@ -157,17 +157,16 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if result is None:
         return unknown(t, func, args, kwargs, out)
     operands = [_aligned(t, x, result.ndim) for x in tensors_in((args, dict(kwargs)))]
-    shapes = [shape for shape, _ in operands]
     role = SHIFT if name in ("add", "sub", "rsub") else SCALE if name == "mul" else FOLLOW
-    pairs = [(shape, f) for shape, fields in operands for f in fields]
+    everything = [f for _, fields in operands for f in fields]
     if name == "masked_fill" and not (isinstance(args[2], int | float) and args[2] == 0):
-        t.pin([f for _, f in pairs], "masked_fill writes a constant into its channels")
+        t.pin(everything, "masked_fill writes a constant into its channels")
     for _, own in operands:
         if len(own) == 1:  # a vector of parameters, not a weight on its way to a layer
             t.mark(own[0], role)
     fields = {}
     for d in range(result.ndim):
-        carriers = [f for _, f in pairs if d in f.dims]
+        carriers = [f for f in everything if d in f.dims]
         if not carriers:
             continue
         bare = [s for s, fs in operands if s[d] > 1 and not any(d in f.dims for f in fs)]
@@ -176,8 +175,7 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         for other in carriers[1:]:
             t.join(carriers[0], other)
         fields[carriers[0].dims] = Field(carriers[0].labels)
-    single = len(shapes) == 1
-    t.attach(result, [f for _, f in pairs] if single else list(fields.values()))
+    t.attach(result, everything if len(operands) == 1 else list(fields.values()))
     return None
 
 
@@ -204,7 +202,7 @@ def _meet(
 
 
 def contraction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Mm and addmm: (N, K) @ (K, M). The labels along K join, those along N and M pass."""
+    """`mm` and `addmm`: (N, K) @ (K, M). The labels along K join, those along N and M pass."""
     bias, (a, b) = (args[0], args[1:3]) if "addmm" in func._schema.name else (None, args[:2])
     rows, columns = t.along(a, 0), t.along(b, 1)
     _contract(t, a, 1, b, 0)
@@ -212,7 +210,7 @@ def contraction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     t.mark(columns, PRODUCE)
     t.attach(out, [f and Field(f.labels) for f in (rows, columns)])
     if bias is not None:
-        _shift(t, out, columns, bias, dim=1)
+        _shift(t, columns, bias)
 
 
 def _contract(t: Tracer, a: Tensor, da: int, b: Tensor, db: int) -> None:
@@ -226,7 +224,7 @@ def _contract(t: Tracer, a: Tensor, da: int, b: Tensor, db: int) -> None:
         t.pin([left, right], "multiplied with a tensor of fixed size or the network's input")
 
 
-def _shift(t: Tracer, out: Tensor, made: Field | None, bias: Tensor, dim: int) -> None:
+def _shift(t: Tracer, made: Field | None, bias: Tensor) -> None:
     """A bias belongs to the channels it is added to."""
     known = t.along(bias, -1)
     t.mark(known, SHIFT)
@@ -252,7 +250,7 @@ def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     fields = [made and Field(_along(made.labels.flatten(), 1, out.ndim))]
     t.attach(out, fields)
     if bias is not None:
-        _shift(t, out, made, bias, dim=1)
+        _shift(t, made, bias)
 
 
 def _depthwise(
