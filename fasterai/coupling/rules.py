@@ -129,9 +129,9 @@ def concatenation(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     if any(len(t.of(x)) > 1 for x in parts):
         return unknown(t, func, args, kwargs, out)
     if any(f.dims != (dim,) for x in parts for f in t.of(x)):
-        _meet(t, [(x, f) for x in parts for f in t.of(x)], parts, "cat", skip=dim)
-        fields = [f for x in parts for f in t.of(x) if dim not in f.dims]
-        return t.attach(out, fields[:1])
+        everything = [f for x in parts for f in t.of(x)]
+        _side_by_side(t, everything, parts, dim)
+        return t.attach(out, [f for f in everything if dim not in f.dims][:1])
     rows = [_row(t, x, dim) for x in parts]
     shape = [1] * out.ndim
     shape[dim] = -1
@@ -159,8 +159,9 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     operands = [_aligned(t, x, result.ndim) for x in tensors_in((args, dict(kwargs)))]
     role = SHIFT if name in ("add", "sub", "rsub") else SCALE if name == "mul" else FOLLOW
     everything = [f for _, fields in operands for f in fields]
-    if name == "masked_fill" and not (isinstance(args[2], int | float) and args[2] == 0):
-        t.pin(everything, "masked_fill writes a constant into its channels")
+    filled = args[2:] if name == "masked_fill" else args[1:] if name == "where" else ()
+    if any(not t.of(v) and bool(torch.as_tensor(v).ne(0).any()) for v in filled):
+        t.pin(everything, f"{name} writes a constant into its channels")
     for _, own in operands:
         if len(own) == 1:  # a vector of parameters, not a weight on its way to a layer
             t.mark(own[0], role)
@@ -186,19 +187,17 @@ def _aligned(t: Tracer, x: Tensor, ndim: int) -> tuple[tuple[int, ...], list[Fie
     return (*lead, *x.shape), fields
 
 
-def _meet(
-    t: Tracer, carriers: list[tuple[Tensor, Field]], parts: list[Tensor], what: str, skip: int
-) -> None:
-    """Fields of parts that are laid side by side along `skip` join along the other dimensions."""
+def _side_by_side(t: Tracer, everything: list[Field], parts: list[Tensor], dim: int) -> None:
+    """Fields of parts that are laid side by side along `dim` join along the other dimensions."""
     for d in range(parts[0].ndim):
-        here = [f for _, f in carriers if d in f.dims]
-        if here and d == skip:
-            t.pin(here, f"{what} along the channels of some parts only")
+        here = [f for f in everything if d in f.dims]
+        if here and d == dim:
+            t.pin(here, "cat along the channels of some parts only")
         elif here:
             for other in here[1:]:
                 t.join(here[0], other)
             if len(here) < len(parts) and parts[0].shape[d] > 1:
-                t.pin(here, f"{what} with a tensor of fixed size")
+                t.pin(here, "cat with a tensor of fixed size")
 
 
 def contraction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
