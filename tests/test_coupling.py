@@ -22,8 +22,9 @@ from networks import (
 )
 from torch import nn
 
+from fasterai.coupling.couple import couple
 from fasterai.coupling.inputs import Inputs, run_quietly
-from fasterai.coupling.units import couple
+from fasterai.prune.pruner import Pruner
 
 
 def coupled(model, x=None):
@@ -97,10 +98,16 @@ def test_outputs_are_pinned_and_layers_that_never_run_are_in_no_axis():
     assert axis_of(coupling, "b").pins == (None,) * 12
 
 
-def test_what_a_chunk_splits_is_pinned_and_named():
-    coupling = coupled(make(Parted))
-    assert all("split" in pin for pin in axis_of(coupling, "b").pins)
-    assert not any(axis_of(coupling, "a").pins) and not any(axis_of(coupling, "left").pins)
+def test_what_a_chunk_splits_keeps_equally_many_in_each_half():
+    axis = axis_of(coupled(make(Parted)), "b")
+    assert axis.blocks == 2 and axis.bundles == 4 and not any(axis.pins)
+    assert axis.block.tolist() == [0] * 4 + [1] * 4 and axis.place.tolist() == [0, 1, 2, 3] * 2
+    assert axis.bundled(torch.tensor([7, 1, 0, 6, 5, 2, 3, 4])).tolist() == [
+        [1, 7],
+        [0, 6],
+        [2, 5],
+        [3, 4],
+    ]
 
 
 class Odd(nn.Module):
@@ -117,31 +124,43 @@ class Odd(nn.Module):
 
 
 PINNING = {
-    "softmax": lambda s, x: x.softmax(1),
     "cumsum": lambda s, x: x.cumsum(1),
     "roll": lambda s, x: x.roll(1, 1),
-    "flip": lambda s, x: x.flip(1),
     "padded channels": lambda s, x: F.pad(x, (0, 0, 0, 0, 1, 1))[:, 1:-1],
-    "where": lambda s, x: torch.where(x[:, :, :1, :1].mean() > 9, x, -1.0),
     "sort": lambda s, x: x.sort(1).values,
+    "constant": lambda s, x: x + torch.arange(8.0).view(8, 1, 1),
+    "unequal slices": lambda s, x: torch.cat([x[:, 3:], x[:, :3]], 1),
+    "one of them": lambda s, x: x + x[:, 2:3],
+    "written into": lambda s, x: (
+        torch.empty(x.shape).copy_(x)[:, :8]
+        + torch.empty(2, 8, 1, 1).copy_(x.mean((2, 3), keepdim=True))
+    ),
+    "index": lambda s, x: x[:, torch.arange(8)],
+    "histogram": lambda s, x: x * torch.histc(x, 8).view(8, 1, 1),
+    "fixed view": lambda s, x: x.view(-1, 8, 16, 16),
+}
+
+MIXING = {
+    "softmax": lambda s, x: x.softmax(1),
+    "where": lambda s, x: torch.where(x[:, :, :1, :1].mean() > 9, x, -1.0),
     "mean over channels": lambda s, x: x - x.mean(1, keepdim=True),
     "layer norm": lambda s, x: F.layer_norm(x, x.shape[1:]),
-    "constant": lambda s, x: x + torch.arange(8.0).view(8, 1, 1),
-    "slices": lambda s, x: torch.cat([x[:, 4:], x[:, :4]], 1),
-    "written into": lambda s, x: (
-        torch.zeros_like(x).copy_(x)[:, :8]
-        + torch.zeros(2, 8, 1, 1).copy_(x.mean((2, 3), keepdim=True))
-    ),
+    "rms norm": lambda s, x: F.rms_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1),
+    "group norm": lambda s, x: F.group_norm(x, 2),
     "python numbers": lambda s, x: x * float(x.max()),
-    "index": lambda s, x: x[:, torch.arange(8)],
-    "pixel shuffle": lambda s, x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2),
 }
 
 
 @pytest.mark.parametrize("kind", PINNING)
-def test_what_the_library_does_not_know_pins(kind):
+def test_what_the_library_does_not_know_or_cannot_cut_pins(kind):
     axis = axis_of(coupled(Odd(PINNING[kind])), "a")
     assert all(axis.pins), kind
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_what_computes_across_channels_is_noted(kind):
+    axis = axis_of(coupled(Odd(MIXING[kind])), "a")
+    assert axis.mixed or all(axis.pins), kind
 
 
 FREE = {
@@ -156,6 +175,13 @@ FREE = {
     "like": lambda s, x: x + torch.zeros_like(x),
     "masked": lambda s, x: torch.where(x > 0, x * (x > 0), 0.0).masked_fill(x > 9, 0.0),
     "maps side by side": lambda s, x: torch.cat([x, x.relu()], 2),
+    "flip": lambda s, x: x.flip(1),
+    "halves": lambda s, x: torch.cat([x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]], 1),
+    "pixel shuffle": lambda s, x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2),
+    "channel shuffle": lambda s, x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2),
+    "stack": lambda s, x: torch.stack([x, x.relu()], 1).sum(1),
+    "zeros": lambda s, x: x + x.new_zeros(x.shape[1], 1, 1),
+    "interleaved": lambda s, x: torch.cat([x[:, ::2], x[:, 1::2]], 1),
     "dropout": lambda s, x: F.dropout(F.dropout2d(x, 0.5, s.training), 0.1, s.training),
     "instance norm": lambda s, x: F.instance_norm(x),
 }
@@ -164,7 +190,11 @@ FREE = {
 @pytest.mark.parametrize("kind", FREE)
 def test_what_keeps_channels_apart_leaves_them_free(kind):
     axis = axis_of(coupled(Odd(FREE[kind])), "a")
-    assert not any(axis.pins), (kind, axis.pins)
+    assert axis.bundles and not any(axis.pins) and not axis.mixed, (kind, axis.pins, axis.mixed)
+    model = Odd(FREE[kind]).eval()
+    before = model.b.in_channels
+    Pruner(model, images()).prune_model(0.5)
+    assert model.b.in_channels == before // 2
 
 
 @pytest.mark.parametrize("kind", ALL)

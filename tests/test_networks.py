@@ -8,8 +8,8 @@ import torchvision
 from fastai.vision.models.xresnet import xresnet18, xresnet50
 from networks import apart, shake
 
+from fasterai.coupling.couple import couple
 from fasterai.coupling.inputs import Inputs
-from fasterai.coupling.units import couple
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
 

@@ -10,8 +10,8 @@ from networks import ALL, Gated, Parted, Plain, Residual, TwoHeads, apart, conv,
 from torch import nn
 
 from fasterai.core.criteria import random_scores, squared_final
+from fasterai.coupling.couple import couple
 from fasterai.coupling.inputs import Inputs
-from fasterai.coupling.units import couple
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
 
@@ -19,7 +19,7 @@ EXACT = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def free_units(model):
-    return sum(len(a.free) for a in couple(model, Inputs.of(images(dtype=dtype_of(model)))).axes)
+    return sum(a.bundles for a in couple(model, Inputs.of(images(dtype=dtype_of(model)))).axes)
 
 
 def dtype_of(model):
@@ -66,12 +66,17 @@ def test_ranked_units_are_removed_and_the_rest_computes_on(kind, context, sparsi
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pruner.prune_model(sparsity, context=context)
+    gone = [x.before - x.after for x in pruner.plan.axes]
+    assert all(n % a.blocks == 0 for n, a in zip(gone, axes, strict=True))
+    bundles = [n // a.blocks for n, a in zip(gone, axes, strict=True)]
+    most = [min(a.bundles, a.size // a.blocks - 1) for a in axes]
     if context == "local":
-        expected = sum(min(round(sparsity * len(a.free)), a.size - 1) for a in axes if len(a.free))
+        expected = [
+            min(round(sparsity * a.bundles), m) for a, m in zip(axes, most, strict=True) if m > 0
+        ]
+        assert [n for n, m in zip(bundles, most, strict=True) if m > 0] == expected
     else:
-        most = sum(min(len(a.free), a.size - 1) for a in axes)
-        expected = min(round(sparsity * free), most)
-    assert pruner.plan.removed == expected
+        assert sum(bundles) == min(round(sparsity * free), sum(m for m in most if m > 0))
     # An independent reference: in the dense network, whatever reads a removed channel ignores it.
     with torch.no_grad():
         state = dense.state_dict()
@@ -251,9 +256,9 @@ def test_an_interrupt_in_the_middle_changes_nothing(monkeypatch):
     model(images(4)).sum().backward()
     before = copy.deepcopy(model.state_dict())
     gradients = [p.grad.clone() for p in model.parameters()]
-    import fasterai.prune.trial as room
+    import fasterai.coupling.probe as room
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(room, "replay", interrupted)

@@ -301,11 +301,18 @@ def test_inputs_are_guessed_for_images_only():
     Sparsifier(fixed, "weight")
 
 
-def test_units_a_chunk_splits_stay_dense():
+def test_halves_of_a_chunk_lose_equally_many_the_weakest_of_each():
     model = make(Parted)
-    Sparsifier(model, "filter", example_inputs=images()).sparsify_model(0.5)
-    assert model.b.weight.count_nonzero() == model.b.weight.numel()
-    assert int((model.a.weight.flatten(1) == 0).all(1).sum()) == 4
+    norms = model.b.weight.detach().abs().mean((1, 2, 3))
+    sparsifier = Sparsifier(model, "filter", example_inputs=images())
+    for share, n in ((0.25, 1), (0.5, 2), (0.75, 3)):
+        sparsifier.sparsify_model(share)
+        zero = (model.b.weight.flatten(1) == 0).all(1)
+        for half in (slice(0, 4), slice(4, 8)):
+            weakest = norms[half].argsort(stable=True)[:n]
+            assert set(zero[half].nonzero().flatten().tolist()) == set(weakest.tolist())
+    table = sparsifier.report().set_index("layer")
+    assert table.loc["b", ["groups", "n", "zeros"]].tolist() == [4, 3, 3]
 
 
 def test_tied_weights_count_once():

@@ -50,9 +50,13 @@ class Limits:
         """The most that `min_keep` allows to zero of `size` groups, `free` of which may go."""
         return max(0, min(free, size - self.min_keep))
 
-    def rounded(self, n: int, size: int) -> int:
-        """`n` lowered until `size - n` is a multiple of `round_to`; 0 where no such n exists."""
-        return max(0, size - math.ceil((size - n) / self.round_to) * self.round_to)
+    def rounded(self, n: int, size: int, width: int = 1) -> int:
+        """`n` lowered until `size - n` is a multiple of `round_to`; 0 where no such n exists.
+
+        Where a group is `width` channels, these are counted.
+        """
+        step = self.round_to // math.gcd(self.round_to, width)
+        return max(0, size - math.ceil((size - n) / step) * step)
 
 
 def select(
@@ -61,6 +65,7 @@ def select(
     *,
     held: Sequence[Tensor],
     sizes: Sequence[int] | None = None,
+    widths: Sequence[int] | None = None,
     limits: Limits = Limits(),
 ) -> list[Tensor]:
     """Choose the groups to zero.
@@ -71,6 +76,7 @@ def select(
             ('local'). What is held already counts in.
         held: bool tensors like `scores`; these groups stay zero whatever they score.
         sizes: groups of each layer where not all of them are free; `limits` count these too.
+        widths: channels in a group of each layer, for `round_to`; default 1.
         limits: see `Limits`.
 
     Returns:
@@ -91,8 +97,9 @@ def select(
         wanted = [min(max(n, floor), top) for n, floor, top in wanted]
         found = [_within(s, h, n) for s, h, n in zip(scores, held, wanted, strict=True)]
     if limits.round_to > 1:
-        for i, (size, floor) in enumerate(zip(sizes, floors, strict=True)):
-            n = max(limits.rounded(int(found[i].count_nonzero()), size), floor)
+        wide = widths or [1] * len(sizes)
+        for i, (size, width, floor) in enumerate(zip(sizes, wide, floors, strict=True)):
+            n = max(limits.rounded(int(found[i].count_nonzero()), size, width), floor)
             found[i] = _within(scores[i], held[i], n)
     return found
 

@@ -144,7 +144,7 @@ class Inputs:
         """Refuse inputs that lie on another device than the model."""
         device = next((p.device for p in model.parameters()), None)
         for x in self.tensors:
-            if device is not None and x.device != device:
+            if device is not None and x.device != device and device.type != "meta":
                 raise ValueError(
                     f"example_inputs are on {x.device}, the model is on {device}: pass "
                     f"example_inputs.to('{device}'), or move the model"
@@ -158,12 +158,19 @@ class Inputs:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in nested lists, tuples, dicts and objects that hold such."""
+    """All tensors in nested lists, tuples, dicts and objects that hold such.
+
+    The cache of keys and values that a language model returns is not among them: it is for the
+    same network to read again.
+    """
     found: list[Tensor] = []
     seen: set[int] = set()
     todo = [tree]
     while todo:
-        for leaf in tree_leaves(todo.pop(0)):
+        item = todo.pop(0)
+        if isinstance(item, Mapping):
+            item = {k: v for k, v in item.items() if k != "past_key_values"}
+        for leaf in tree_leaves(item):
             if isinstance(leaf, Tensor):
                 found.append(leaf)
             elif hasattr(leaf, "__dict__") and not callable(leaf) and id(leaf) not in seen:
@@ -184,8 +191,10 @@ def _plain(x: Any) -> Any:
 def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Run `model` in eval (or train) mode and leave no trace of it.
 
-    No gradients, no autocast; training flags, buffers and the random state are put back.
+    No gradients, no autocast; training flags, buffers, attributes and the random state are put
+    back.
     """
+    attributes = [(m, dict(m.__dict__)) for m in model.modules()]
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(m, dict(m._buffers)) for m in model.modules()]
     copies = {id(b): b.clone() for b in model.buffers()}
@@ -206,6 +215,11 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
     finally:
         random.setstate(numbers[0])
         np.random.set_state(numbers[1])
+        for module, before in attributes:  # a hidden state, a cache
+            now = module.__dict__
+            if len(now) != len(before) or any(now.get(k) is not v for k, v in before.items()):
+                now.clear()
+                now.update(before)
         for module, mode in modes:
             module.training = mode
         for module, own in buffers:

@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["FIXED", "Dim", "Field", "Run", "Tracer", "dims_of"]
+__all__ = ["FIXED", "Dim", "Engine", "Field", "Run", "Tracer", "dims_of"]
 
 FIXED = -1  # a position that belongs to no parameter: a constant, padding, an input
 
 # What a parameter's positions do: produce a channel, scale or shift it, follow it (running
 # statistics), consume it.
 PRODUCE, SCALE, SHIFT, FOLLOW, CONSUME = "produce", "scale", "shift", "follow", "consume"
+
+
+# Executes an operation for a tracer: (tracer, operation, args, kwargs) -> result.
+Engine = Callable[["Tracer", Any, tuple[Any, ...], Mapping[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,9 @@ class Field:
     """Labels of a tensor along one of its dimensions.
 
     Args:
-        labels: int64, as many dimensions as the tensor, size 1 where they do not vary.
-        source: the dimension of the parameter, while the tensor is that parameter or a view.
+        labels: int64, as many dimensions as the tensor, size 1 where they do not vary. They vary
+            along one dimension as a rule; along several where a view has split the channels.
+        source: the dimension of the parameter, while the tensor is computed from that alone.
     """
 
     labels: Tensor
@@ -54,10 +59,25 @@ class Field:
 
 @dataclass
 class Run:
-    """What one run said: meetings, pins and roles."""
+    """What one run said: meetings, pins, roles, and how channels were laid out.
+
+    Attributes:
+        meetings: pairs of label vectors that belong together, position by position.
+        pins: labels that cannot be removed, and why.
+        mixed: labels whose channels an operation mixes (a layer norm), and which.
+        grids: labels of channels that a view or an operation splits into a grid; a cut must
+            leave a grid.
+        roles: what parameters' positions do.
+        consumed: labels that a next layer reads.
+        peaks: labels and the largest magnitude with which they arrive there.
+        order: parameters in the order in which they made channels.
+        outputs: labels of the network's outputs.
+    """
 
     meetings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
+    mixed: list[tuple[Tensor, str]] = field(default_factory=list)
+    grids: list[Tensor] = field(default_factory=list)
     roles: set[tuple[Dim, str]] = field(default_factory=set)
     consumed: list[Tensor] = field(default_factory=list)
     peaks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -84,6 +104,7 @@ class Tracer(TorchDispatchMode):
         model: the network that will run under it.
         labels: for each dimension, the labels of its positions.
         follow: passes labels through an operation: (tracer, operation, args, kwargs, result).
+        engine: executes the operations; see `shapes`.
         watch: note the largest magnitude with which each channel arrives at its consumers.
     """
 
@@ -92,24 +113,30 @@ class Tracer(TorchDispatchMode):
         model: nn.Module,
         labels: Mapping[Dim, Tensor],
         follow: Callable[..., None],
+        engine: Engine,
         *,
         watch: bool = False,
     ) -> None:
         super().__init__()
-        self.follow = follow
+        self.follow, self.engine = follow, engine
         self.said = Run()
         self.watch = watch
+        self.parameters = {name for name, _ in model.named_parameters()}
         self.fields = WeakTensorKeyDictionary()
-        for dim, tensor in dims_of(model).items():
+        self.uniform = WeakTensorKeyDictionary()  # constants made in the run, of one value
+        tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        for dim, known in labels.items():
+            tensor = tensors[dim.parameter]
+            if len(known) == 1 and tensor.ndim < 3:
+                continue  # what was cut to a single position broadcasts; of convs, see `shared`
             shape = [1] * tensor.ndim
             shape[dim.dim] = -1
-            known = self.fields.get(tensor, ())
-            self.fields[tensor] = (*known, Field(labels[dim].to(tensor.device).view(shape), dim))
+            self.fields[tensor] = (*self.fields.get(tensor, ()), Field(known.view(shape), dim))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = self.engine(self, func, args, kwargs or {})
         self.follow(self, func, args, kwargs or {}, out)
         return out
 
@@ -128,28 +155,60 @@ class Tracer(TorchDispatchMode):
         else:
             self.pin(fields, "made an integer")
 
-    def join(self, a: Field, b: Field) -> None:
-        """The labels of two fields, broadcast against each other, belong together."""
-        left, right = torch.broadcast_tensors(a.labels, b.labels)
-        self.said.meetings.append((left.flatten(), right.flatten()))
+    def join(self, a: Tensor, b: Tensor) -> None:
+        """These labels, broadcast against each other, belong together."""
+        if a is b:
+            return
+        left, right = torch.broadcast_tensors(a, b)
+        self.said.meetings.append((left.reshape(-1), right.reshape(-1)))
+
+    def merge(self, f: Field, dims: Sequence[int]) -> Field:
+        """The labels of `f` along these dimensions become one: its field along the others."""
+        labels = f.labels
+        for d in dims:
+            if labels.shape[d] > 1:
+                first = labels.narrow(d, 0, 1)
+                self.join(labels, first)
+                labels = first
+        return Field(labels, f.source)
 
     def pin(self, fields: Sequence[Field | None], reason: str) -> None:
         """What these fields label cannot be removed."""
         for f in fields:
             if f is not None:
-                self.said.pins.append((f.labels.flatten(), reason))
+                self.said.pins.append((f.labels.reshape(-1), reason))
+
+    def hold(self, f: Field, dims: Sequence[int], reason: str) -> Field | None:
+        """`f` keeps its size along these dimensions: lines along them go as a whole, or not."""
+        if set(dims) >= set(f.dims):
+            self.pin([f], reason)
+            return None
+        return self.merge(f, dims)
+
+    def mix(self, f: Field, reason: str) -> None:
+        """An operation computes across the channels of `f`, and depends on their number."""
+        self.said.mixed.append((f.labels.reshape(-1), reason))
+
+    def grid(self, labels: Tensor) -> None:
+        """Channels are laid out in a grid, which has to stay one; it may have a single line."""
+        labels = labels.squeeze()
+        self.said.grids.append(labels if labels.ndim > 1 else labels.reshape(1, -1))
 
     def mark(self, f: Field | None, role: str) -> None:
         """Note what a parameter's positions do, where the field is a parameter's own."""
-        if f is not None and f.source is not None:
-            self.said.roles.add((f.source, role))
-            if role == PRODUCE and f.source.parameter not in self.said.order:
+        if f is None or f.source is None:
+            return
+        if role == PRODUCE:
+            if f.source.parameter not in self.parameters:
+                role = FOLLOW
+            elif f.source.parameter not in self.said.order:
                 self.said.order.append(f.source.parameter)
+        self.said.roles.add((f.source, role))
 
     def consume(self, x: Tensor, seen: Field) -> None:
         """The channels of `x` labelled by `seen` are read by a next layer."""
-        self.said.consumed.append(seen.labels.flatten())
+        self.said.consumed.append(seen.labels.reshape(-1))
         if self.watch and x.numel():
             others = [d for d in range(x.ndim) if d not in seen.dims]
             peak = x.abs().amax(dim=others) if others else x.abs()
-            self.said.peaks.append((seen.labels.flatten(), peak.flatten().double()))
+            self.said.peaks.append((seen.labels.reshape(-1), peak.flatten().double().cpu()))

@@ -12,7 +12,7 @@ from ..core.granularity import over_groups
 from .labels import PRODUCE
 from .units import Axis
 
-__all__ = ["unit_scores", "zeroed_units"]
+__all__ = ["ranked_bundles", "unit_scores", "zeroed_units"]
 
 
 def unit_scores(
@@ -44,6 +44,38 @@ def unit_scores(
     scores = (total / size)[free]
     mean = scores.mean().abs()
     return scores / torch.where(mean > 0, mean, 1.0) if relative else scores
+
+
+def ranked_bundles(
+    tensors: Mapping[str, Tensor],
+    axis: Axis,
+    criterion: Criterion,
+    *,
+    relative: bool = False,
+    first: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The bundles of an axis: the k-th weakest free unit of each of its blocks.
+
+    Args:
+        tensors: the network's parameters by name.
+        axis: the axis to rank.
+        criterion: see `unit_scores`.
+        relative: see `unit_scores`.
+        first: (size,) bool, units that go before all others.
+
+    Returns:
+        (bundles,) scores, the mean over a bundle's units, and (bundles, blocks) units.
+    """
+    scores = unit_scores(tensors, axis, criterion, relative=relative)
+    if axis.blocks == 1:
+        return scores, axis.free[:, None]
+    own = scores.detach().cpu()
+    if first is not None:
+        own = own.masked_fill(first.cpu()[axis.free], -torch.inf)
+    units = axis.bundled(axis.free[own.argsort(stable=True)])
+    score = torch.zeros(axis.size, dtype=scores.dtype, device=scores.device)
+    score[axis.free] = scores
+    return score[units].mean(1), units
 
 
 def zeroed_units(

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from .inputs import Inputs
-from .labels import FIXED, Dim, Run, dims_of
+from .labels import Dim, Run
 from .run import run_labels
 from .units import Coupling
 
-__all__ = ["replay", "surviving"]
+__all__ = ["replay"]
 
 
 def replay(
@@ -22,6 +21,8 @@ def replay(
     coupling: Coupling,
     kept: Mapping[Dim, Tensor],
     alone: Sequence[int],
+    *,
+    quick: bool = False,
 ) -> None:
     """Run the labels through the smaller network: every meeting must agree as it did before.
 
@@ -31,37 +32,25 @@ def replay(
         coupling: what was found before the cut.
         kept: for the dimensions that were cut, the positions that stayed.
         alone: classes of units left alone in their axis; a single channel broadcasts.
+        quick: in eval mode only.
 
     Raises:
         RuntimeError: two channels meet that did not belong together, or one meets a fixed width.
     """
-    labels = surviving(model, coupling, kept)
+    labels = coupling.labels(model, kept)
     free = np.append(~coupling.pinned, False)  # FIXED, the last one, is not free
     free[list(alone)] = False
-    for training in (False, True)[: 1 + coupling.trains]:
+    for training in (False, True)[: 1 + (coupling.analysis.trains and not quick)]:
         sized = inputs.at_least(2) if training else inputs
-        said, _ = run_labels(model, sized, labels, training=training)
-        _agree(said, coupling.classes, free)
+        shapes = coupling.analysis.shapes
+        _agree(run_labels(model, sized, labels, training=training, shapes=shapes), free)
 
 
-def surviving(
-    model: nn.Module, coupling: Coupling, kept: Mapping[Dim, Tensor]
-) -> dict[Dim, Tensor]:
-    """The labels of the positions that a cut left; see `replay`."""
-    return {
-        dim: coupling.first[dim] + kept.get(dim, torch.arange(tensor.shape[dim.dim]))
-        for dim, tensor in dims_of(model).items()
-    }
-
-
-def _agree(said: Run, classes: np.ndarray, free: np.ndarray) -> None:
+def _agree(said: Run, free: np.ndarray) -> None:
     for a, b in said.meetings:
-        left, right = a.cpu().numpy(), b.cpu().numpy()
-        left = np.where(left >= 0, classes[left], FIXED)
-        right = np.where(right >= 0, classes[right], FIXED)
+        left, right = a.numpy(), b.numpy()
         if ((left != right) & (free[left] | free[right])).any():
             raise RuntimeError("channels that do not belong together meet after the cut")
     for seen, reason in said.pins:
-        known = seen.cpu().numpy()
-        if free[classes[known[known >= 0]]].any():
+        if free[seen.numpy()].any():
             raise RuntimeError(f"after the cut, {reason}")

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from .inputs import Inputs
-from .labels import CONSUME, FOLLOW, PRODUCE, SCALE, SHIFT, Dim, Run, dims_of
-from .run import run_labels
+from .analysis import Analysis
+from .blocks import Blocks
+from .labels import FOLLOW, PRODUCE, Dim, dims_of
 
-__all__ = ["Axis", "Coupling", "Slot", "couple"]
-
-_PRECEDENCE = (PRODUCE, CONSUME, SHIFT, SCALE, FOLLOW)
+__all__ = ["Axis", "Coupling", "Slot", "units_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,17 +54,28 @@ class Axis:
     the norm's shift ('shift'), the norm's scale ('scale') and statistics ('follow'), and the
     columns of the second conv ('consume'); unit k is the k-th position of them all.
 
+    Where the network splits the channels (into heads, groups, halves), the units lie in blocks
+    of equal size that must keep equally many: what goes together is a bundle, one unit of each.
+
     Args:
         name: the module of the first weight that produces it.
         size: number of units.
         slots: where the units live.
         pins: for each unit the reason why it cannot be removed, or None.
+        classes: (size,) the class of joined labels that each unit is.
+        block: (size,) the block of each unit; all 0 where there is only one.
+        place: (size,) the place of each unit in its block.
+        mixed: the operation that mixes these channels, whose results change with their number.
     """
 
     name: str
     size: int
     slots: tuple[Slot, ...]
     pins: tuple[str | None, ...]
+    classes: Tensor
+    block: Tensor
+    place: Tensor
+    mixed: str | None = None
 
     def having(self, *roles: str) -> tuple[Slot, ...]:
         """The slots of these roles."""
@@ -80,15 +87,38 @@ class Axis:
         return tuple(dict.fromkeys(s.module for s in self.having(PRODUCE)))
 
     @cached_property
+    def blocks(self) -> int:
+        """How many blocks the units lie in: as many units make a bundle."""
+        return int(self.block.max()) + 1 if self.size else 1
+
+    @cached_property
     def free(self) -> Tensor:
         """(F,) the units that are not pinned."""
         return torch.tensor([u for u, pin in enumerate(self.pins) if pin is None], dtype=torch.long)
+
+    @cached_property
+    def bundles(self) -> int:
+        """How many bundles may go: the free units, or the fewest free in any block."""
+        if self.blocks == 1:
+            return len(self.free)
+        return int(self.block[self.free].bincount(minlength=self.blocks).min())
+
+    def bundled(self, order: Tensor) -> Tensor:
+        """(bundles, blocks) units: the k-th of each block, in the given order.
+
+        Args:
+            order: (F,) the free units, in the order in which they are to go.
+        """
+        if self.blocks == 1:
+            return order[:, None]
+        columns = [order[self.block[order] == b][: self.bundles] for b in range(self.blocks)]
+        return torch.stack(columns, 1)
 
     def pinned(self, reason: str, units: Sequence[int] | None = None) -> Axis:
         """The same axis with all (or these) units pinned; earlier reasons stay."""
         which = set(range(self.size) if units is None else units)
         pins = (pin or (reason if u in which else None) for u, pin in enumerate(self.pins))
-        return Axis(self.name, self.size, self.slots, tuple(pins))
+        return replace(self, pins=tuple(pins))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,191 +127,142 @@ class Coupling:
 
     Args:
         axes: in the order in which their first weight is registered.
-        outputs: for each output of the network, the last layer that made its channels.
-        first: for each dimension, its first label; labels run on from there.
-        classes: the class of joined labels of each label.
-        pinned: which classes are pinned.
-        trains: whether the network also ran in train mode.
+        analysis: classes of labels, and what is known about them.
     """
 
     axes: tuple[Axis, ...]
-    outputs: tuple[str, ...]
-    first: Mapping[Dim, int]
-    classes: np.ndarray
-    pinned: np.ndarray
-    trains: bool
+    analysis: Analysis
 
-    def classes_of(self, axis: Axis) -> Tensor:
-        """(size,) the class of each unit of an axis."""
-        found = torch.zeros(axis.size, dtype=torch.long)
-        classes = torch.from_numpy(self.classes).long()
-        for slot in axis.having(PRODUCE):
-            found[slot.unit] = classes[self.first[slot.dimension] + slot.index]
-        return found
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """For each output of the network, the last layer that made its channels."""
+        return self.analysis.outputs
 
+    @cached_property
+    def pinned(self) -> np.ndarray:
+        """(labels,) bool, the classes that are pinned."""
+        pinned = np.zeros(len(self.analysis.classes), dtype=bool)
+        pinned[list(self.analysis.pinned)] = True
+        return pinned
 
-def couple(model: nn.Module, inputs: Inputs) -> Coupling:
-    """Find the units of a network by running it on labels, in eval and in train mode.
+    def labels(self, model: nn.Module, kept: Mapping[Dim, Tensor]) -> dict[Dim, Tensor]:
+        """The classes of the positions that a cut left; `kept` for the dimensions it cut.
 
-    The model is left as it was: buffers, training flags and the random state are put back.
-
-    Args:
-        model: any network.
-        inputs: what it runs on; see `Inputs.fitting`.
-    """
-    labels, first = _number(model)
-    runs = [run_labels(model, inputs, labels)[0]]
-    for sized in (inputs.at_least(2), inputs):  # a norm wants more than one sample in training
-        try:
-            runs.append(run_labels(model, sized, labels, training=True)[0])
-            break
-        except Exception:  # a network that only evaluates; what it does in training does not count
-            continue
-    total = sum(v.numel() for v in labels.values())
-    classes = _classes(total, runs)
-    reasons = _reasons(classes, runs)
-    axes, order = _axes(model, labels, classes, runs, reasons)
-    pinned = np.zeros(total, dtype=bool)
-    pinned[list(reasons)] = True
-    outputs = _outputs(runs, labels, order)
-    return Coupling(axes, outputs, first, classes, pinned, trains=len(runs) > 1)
+        A dimension of which one position is left is among them, as `dims_of` leaves it out.
+        """
+        known, first = torch.from_numpy(self.analysis.classes), self.analysis.first
+        sizes = {dim: torch.arange(tensor.shape[dim.dim]) for dim, tensor in dims_of(model).items()}
+        return {dim: known[first[dim] + index] for dim, index in {**sizes, **kept}.items()}
 
 
-def _number(model: nn.Module) -> tuple[dict[Dim, Tensor], dict[Dim, int]]:
-    labels, first, count = {}, {}, 0
-    for dim, tensor in dims_of(model).items():
-        size = tensor.shape[dim.dim]
-        first[dim] = count
-        labels[dim] = torch.arange(count, count + size)
-        count += size
-    return labels, first
-
-
-def _vector(labels: Tensor) -> np.ndarray:
-    return labels.cpu().numpy()
-
-
-def _classes(total: int, runs: Sequence[Run]) -> np.ndarray:
-    """Connected components of the labels under all meetings."""
-    pairs = [(_vector(a), _vector(b)) for run in runs for a, b in run.meetings]
-    left = np.concatenate([a for a, _ in pairs] or [np.zeros(0, dtype=np.int64)])
-    right = np.concatenate([b for _, b in pairs] or [np.zeros(0, dtype=np.int64)])
-    real = (left >= 0) & (right >= 0)
-    left, right = left[real], right[real]
-    graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(total, total))
-    return connected_components(graph, directed=False)[1]
-
-
-def _reasons(classes: np.ndarray, runs: Sequence[Run]) -> dict[int, str]:
-    """Why each pinned class is pinned: the first reason given."""
-    reasons: dict[int, str] = {}
-    pins = [pin for run in runs for pin in run.pins]
-    for run in runs:
-        for a, b in run.meetings:
-            for mine, other in ((a, b), (b, a)):
-                if bool((other < 0).any()):
-                    pins.append((mine[other < 0], "joined with a tensor of fixed size"))
-    for labels, reason in pins:
-        known = _vector(labels)
-        for c in np.unique(classes[known[known >= 0]]).tolist():
-            reasons.setdefault(c, reason)
-    return reasons
-
-
-def _roles(runs: Sequence[Run]) -> dict[Dim, str]:
-    roles: dict[Dim, str] = {}
-    for dim, role in sorted(
-        {pair for run in runs for pair in run.roles}, key=lambda r: _PRECEDENCE.index(r[1])
-    ):
-        roles.setdefault(dim, role)
-    return roles
-
-
-def _axes(
-    model: nn.Module,
-    labels: Mapping[Dim, Tensor],
-    classes: np.ndarray,
-    runs: Sequence[Run],
-    reasons: dict[int, str],
-) -> tuple[tuple[Axis, ...], tuple[str, ...]]:
-    roles = _roles(runs)
-    dims = list(labels)
-    where = np.repeat(np.arange(len(dims)), [labels[d].numel() for d in dims])
-    produced = np.zeros(classes.max(initial=-1) + 1, dtype=bool)
-    consumed = produced.copy()
-    for dim in dims:
-        if roles.get(dim) == PRODUCE:
-            produced[classes[_vector(labels[dim])]] = True
-    for run in runs:
-        for seen in run.consumed:
-            known = _vector(seen)
-            consumed[classes[known[known >= 0]]] = True
-    for c in np.flatnonzero(produced & ~consumed).tolist():
+def units_of(model: nn.Module, analysis: Analysis, blocks: Blocks) -> Coupling:
+    """The units and axes that an analysis and its blocks amount to."""
+    sizes = {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()}
+    ordered = sorted(sizes, key=lambda d: analysis.roles.get(d) != PRODUCE)  # units count as rows
+    seen = [_own(analysis, dim, sizes[dim]) for dim in ordered]
+    produced = np.zeros(len(analysis.classes), dtype=bool)
+    for dim, mine in zip(ordered, seen, strict=True):
+        if analysis.roles.get(dim) == PRODUCE:
+            produced[mine] = True
+    reasons = dict(analysis.pinned)
+    for c in np.flatnonzero(produced & ~analysis.read).tolist():
         reasons.setdefault(c, "no layer was seen to read it")
-    axis_of = _group(classes, where, produced, len(dims))
-    axes = _collect(dims, roles, labels, classes, axis_of, reasons)
-    order = tuple(dict.fromkeys(name for run in runs for name in run.order))
-    rank = {name: i for i, name in enumerate(dict(model.named_parameters()))}
-    return tuple(sorted(axes, key=lambda a: rank[a.having(PRODUCE)[0].parameter])), order
-
-
-def _group(classes: np.ndarray, where: np.ndarray, units: np.ndarray, dims: int) -> np.ndarray:
-    """The axis of each class: classes in the same dimensions, equally often, share one."""
-    codes = np.random.default_rng(0).integers(1, 2**62, size=dims, dtype=np.uint64)
-    keys = np.zeros(len(units), dtype=np.uint64)
-    np.add.at(keys, classes, codes[where])  # sums of random codes stand for sets of dimensions
-    axis_of = np.full(len(units), -1)
-    axis_of[units] = np.unique(keys[units], return_inverse=True)[1]
-    return axis_of
-
-
-def _collect(
-    dims: Sequence[Dim],
-    roles: Mapping[Dim, str],
-    labels: Mapping[Dim, Tensor],
-    classes: np.ndarray,
-    axis_of: np.ndarray,
-    reasons: Mapping[int, str],
-) -> list[Axis]:
+    for c in blocks.torn.tolist():
+        reasons.setdefault(c, "the network splits these channels in a way no cut can keep")
+    axis_of = _group(seen, produced, blocks.tie_of(), len(analysis.classes))
+    unit_of = _number(seen, axis_of)
     slots: dict[int, list[Slot]] = {}
-    units: dict[int, dict[int, int]] = {}
-    ordered = sorted(dims, key=lambda d: roles.get(d) != PRODUCE)  # units count as rows do
-    for dim in ordered:
-        mine = classes[_vector(labels[dim])]
-        for a in np.unique(axis_of[mine]).tolist():
-            if a < 0:
-                continue
-            index = np.flatnonzero(axis_of[mine] == a)
-            known = units.setdefault(a, {})
-            unit = [known.setdefault(c, len(known)) for c in mine[index].tolist()]
+    for dim, mine in zip(ordered, seen, strict=True):
+        for a, index in _by_axis(axis_of[mine]):
             slots.setdefault(a, []).append(
                 Slot(
                     dim.parameter,
                     dim.dim,
-                    roles.get(dim, FOLLOW),
+                    analysis.roles.get(dim, FOLLOW),
                     torch.from_numpy(index),
-                    torch.tensor(unit, dtype=torch.long),
+                    torch.from_numpy(unit_of[mine[index]]),
                 )
             )
-    return [
-        Axis(own[0].module, len(units[a]), tuple(own), tuple(reasons.get(c) for c in units[a]))
-        for a, own in slots.items()
-    ]
+    members = _members(axis_of, unit_of)
+    axes = [_axis(own, members[a], analysis, blocks, reasons) for a, own in slots.items()]
+    rank = {name: i for i, name in enumerate(dict(model.named_parameters()))}
+    axes.sort(key=lambda a: rank[a.having(PRODUCE)[0].parameter])
+    return Coupling(tuple(axes), replace(analysis, pinned=reasons))
 
 
-def _outputs(
-    runs: Sequence[Run], labels: Mapping[Dim, Tensor], order: Sequence[str]
-) -> tuple[str, ...]:
-    """For each output, the layer that ran last of those whose rows it shows."""
-    owner = {int(v[0]): d.parameter for d, v in labels.items()}
-    starts = np.array(sorted(owner))
-    found = []
-    for run in runs:
-        for seen in run.outputs:
-            known = _vector(seen)
-            at = np.unique(np.searchsorted(starts, known[known >= 0], side="right")) - 1
-            names = [owner[int(starts[i])] for i in at.tolist()]
-            made = [order.index(n) for n in names if n in order]
-            if made:
-                found.append(order[max(made)].rpartition(".")[0])
-    return tuple(dict.fromkeys(found))
+def _own(analysis: Analysis, dim: Dim, size: int) -> np.ndarray:
+    first = analysis.first[dim]
+    return analysis.classes[first : first + size]
+
+
+def _group(
+    seen: Sequence[np.ndarray], units: np.ndarray, tie: np.ndarray, total: int
+) -> np.ndarray:
+    """The axis of each class: one for each tie; else classes in the same dimensions share one."""
+    codes = np.random.default_rng(0).integers(1, 2**62, size=len(seen), dtype=np.uint64)
+    keys = np.zeros(total, dtype=np.uint64)
+    for mine, code in zip(seen, codes, strict=True):
+        np.add.at(keys, mine, code)  # sums of random codes stand for sets of dimensions
+    tied = tie >= 0
+    keys[tied] = tie[tied].astype(np.uint64) + 1
+    axis_of = np.full(total, -1)
+    axis_of[units] = np.unique(keys[units], return_inverse=True)[1]
+    return axis_of
+
+
+def _number(seen: Sequence[np.ndarray], axis_of: np.ndarray) -> np.ndarray:
+    """The place of each class among those of its axis, by first appearance."""
+    line = np.concatenate([*seen, np.zeros(0, dtype=np.int64)])
+    classes, at = np.unique(line, return_index=True)
+    classes = classes[np.argsort(at)]
+    classes = classes[axis_of[classes] >= 0]
+    order = np.argsort(axis_of[classes], kind="stable")
+    found = np.full(len(axis_of), -1)
+    for _, index in _by_axis(axis_of[classes[order]]):
+        found[classes[order][index]] = np.arange(len(index))
+    return found
+
+
+def _by_axis(axis_of: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Positions by axis; those in none are left out."""
+    order = np.argsort(axis_of, kind="stable")
+    order = order[axis_of[order] >= 0]
+    if not len(order):
+        return []
+    cuts = np.flatnonzero(np.diff(axis_of[order])) + 1
+    return [(int(axis_of[part[0]]), part) for part in np.split(order, cuts)]
+
+
+def _members(axis_of: np.ndarray, unit_of: np.ndarray) -> dict[int, np.ndarray]:
+    """The classes of each axis, unit by unit."""
+    return {
+        a: classes[np.argsort(unit_of[classes], kind="stable")] for a, classes in _by_axis(axis_of)
+    }
+
+
+def _axis(
+    slots: Sequence[Slot],
+    classes: np.ndarray,
+    analysis: Analysis,
+    blocks: Blocks,
+    reasons: Mapping[int, str],
+) -> Axis:
+    names = classes.tolist()
+    block = blocks.block[classes]
+    if (block >= 0).all():
+        block = np.unique(block, return_inverse=True)[1]
+    else:
+        block = np.zeros_like(classes)
+    axis = Axis(
+        slots[0].module,
+        len(classes),
+        tuple(slots),
+        tuple(reasons.get(c) for c in names),
+        torch.from_numpy(classes),
+        torch.from_numpy(block),
+        torch.from_numpy(blocks.place[classes]),
+        next((analysis.mixed[c] for c in names if c in analysis.mixed), None),
+    )
+    if axis.blocks > 1 and not axis.bundles:
+        return axis.pinned("its counterparts in other blocks are pinned")
+    return axis

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..coupling.inputs import Inputs, plainly, run_quietly, tensors_in
-from ..coupling.labels import CONSUME, Dim
-from ..coupling.replay import surviving
-from ..coupling.run import run_labels
-from ..coupling.units import Axis, Coupling
+from ..coupling.inputs import Inputs, tensors_in
+from ..coupling.labels import Dim
+from ..coupling.run import run_numbers
+from ..coupling.units import Coupling
 
-__all__ = ["Differences", "alike", "differences", "outputs", "peaks", "silenced"]
+__all__ = ["Differences", "Observation", "alike", "differences", "observe"]
 
 # The largest relative difference that rounding explains; wrong wiring gives far more.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -37,19 +36,51 @@ class Differences:
     small: bool
 
 
-def outputs(model: nn.Module, inputs: Inputs) -> list[list[Tensor]]:
-    """Outputs in eval mode on the inputs, and on random ones of the same form.
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What a network computes on the example inputs, and on random ones of the same form.
+
+    Args:
+        outputs: for each run, the output tensors.
+        peaks: (labels,) the largest magnitude with which each class of channels arrives at the
+            layers that read it; 0 for what never does.
+    """
+
+    outputs: list[list[Tensor]]
+    peaks: Tensor
+
+
+def observe(
+    model: nn.Module,
+    inputs: Inputs,
+    coupling: Coupling,
+    kept: Mapping[Dim, Tensor] | None = None,
+    silent: np.ndarray | None = None,
+) -> Observation:
+    """Run a network in eval mode and note its outputs and what arrives at its layers.
 
     A model that cannot run on random inputs (it may expect boxes, say) is only run on its own.
+
+    Args:
+        model: the network, whole or cut.
+        inputs: what it runs on.
+        coupling: what was found before any cut.
+        kept: the positions that stayed, of a network that was cut.
+        silent: (labels,) bool, classes that no layer shall hear.
     """
-    found = []
-    with run_quietly(model), plainly():
-        found.append(tensors_in(inputs(model)))
-        try:
-            found.append(tensors_in(inputs.random_like()(model)))
-        except Exception:  # whatever user code raises
-            pass
-    return found
+    labels = coupling.labels(model, kept or {})
+    alive = None if silent is None else torch.from_numpy(np.append(~silent, True))
+    runs = [run_numbers(model, inputs, labels, alive)]
+    try:
+        runs.append(run_numbers(model, inputs.random_like(), labels, alive))
+    except Exception:  # whatever user code raises on random inputs
+        pass
+    peaks = torch.zeros(len(coupling.analysis.classes), dtype=torch.float64)
+    for said, _ in runs:
+        for seen, peak in said.peaks:
+            real = seen >= 0
+            peaks.scatter_reduce_(0, seen[real], peak[real], "amax")
+    return Observation([tensors_in(out) for _, out in runs], peaks)
 
 
 def differences(expected: Sequence[list[Tensor]], got: Sequence[list[Tensor]]) -> Differences:
@@ -87,54 +118,3 @@ def alike(before: Tensor, after: Tensor, dtype: torch.dtype) -> bool:
     usual = seen.median() if len(seen) else 0.0
     bound = _ROUNDING.get(dtype, 1e-4) * (10 * before + usual / 10)
     return bool((((before - after).abs() <= bound) | ~before.isfinite()).all())
-
-
-def peaks(
-    model: nn.Module, inputs: Inputs, coupling: Coupling, kept: Mapping[Dim, Tensor] | None = None
-) -> Tensor:
-    """The largest magnitude with which each class of channels arrives at its consumers.
-
-    Seen in eval mode on the inputs and on random ones of the same form; 0 for what never does.
-    `kept` are the positions that stayed of a network that was cut.
-    """
-    labels = surviving(model, coupling, kept or {})
-    classes = torch.from_numpy(coupling.classes).long()
-    found = torch.zeros(len(classes), dtype=torch.float64)  # there are no more classes than labels
-    runs = [run_labels(model, inputs, labels, watch=True)[0]]
-    try:
-        runs.append(run_labels(model, inputs.random_like(), labels, watch=True)[0])
-    except Exception:  # whatever user code raises on random inputs
-        pass
-    for run in runs:
-        for seen, peak in run.peaks:
-            seen, peak = seen.cpu(), peak.cpu()
-            real = seen >= 0
-            found.scatter_reduce_(0, classes[seen[real]], peak[real], "amax")
-    return found
-
-
-@contextmanager
-def silenced(model: nn.Module, removals: Sequence[tuple[Axis, Tensor]]) -> Iterator[None]:
-    """A network that ignores some units: while this lasts, every layer's columns for them are 0."""
-    tensors = dict(model.named_parameters())
-    columns: dict[Dim, list[Tensor]] = {}
-    for axis, units in removals:
-        for slot in axis.having(CONSUME):
-            index = slot.index[units[slot.unit]]
-            columns.setdefault(slot.dimension, []).append(index)
-    undo = []
-    try:
-        with torch.no_grad():
-            for name in {dim.parameter for dim in columns}:
-                p = tensors[name]
-                ignoring = p.detach().clone()
-                for dim, found in columns.items():
-                    if dim.parameter == name:
-                        ignoring.index_fill_(dim.dim, torch.cat(found).to(p.device), 0)
-                undo.append((p, p.detach()))
-                p.set_(ignoring)
-        yield
-    finally:
-        with torch.no_grad():
-            for p, before in undo:
-                p.set_(before)

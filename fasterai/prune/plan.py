@@ -6,16 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..coupling.labels import Dim, dims_of
-from ..coupling.units import Axis
+from ..coupling.probe import Removal, positions_kept
+from ..coupling.units import Axis, Coupling
 
-__all__ = ["AxisCut", "Plan", "Removal", "make_plan", "positions_kept"]
-
-# For some axes, by their place in the list of all: bool (size,), True = this unit goes.
-Removal = Mapping[int, Tensor]
+__all__ = ["AxisCut", "Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -55,23 +51,10 @@ class Plan:
         )
 
 
-def positions_kept(model: nn.Module, axes: Sequence[Axis], remove: Removal) -> dict[Dim, Tensor]:
-    """The positions that stay along each dimension that loses some."""
-    sizes = {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()}
-    stays: dict[Dim, Tensor] = {}
-    for a, units in remove.items():
-        for slot in axes[a].slots:
-            index = slot.index[units[slot.unit]]
-            if index.numel():
-                dim = slot.dimension
-                stays.setdefault(dim, torch.ones(sizes[dim], dtype=torch.bool))[index] = False
-    return {dim: mark.nonzero().flatten() for dim, mark in stays.items()}
-
-
-def make_plan(model: nn.Module, axes: Sequence[Axis], remove: Removal) -> Plan:
+def make_plan(model: nn.Module, coupling: Coupling, axes: Sequence[Axis], remove: Removal) -> Plan:
     """The plan of a removal, before it is carried out."""
     kept: dict[str, dict[int, tuple[int, ...]]] = {}
-    for dim, index in positions_kept(model, axes, remove).items():
+    for dim, index in positions_kept(model, coupling, axes, remove).items():
         kept.setdefault(dim.parameter, {})[dim.dim] = tuple(index.tolist())
     before = after = 0
     for name, p in model.named_parameters():

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.masks import Limits, as_fraction
 from ..core.names import LayerChoice, pick
+from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
 from ..coupling.labels import Dim, dims_of
-from ..coupling.units import couple
+from ..coupling.probe import Removal, cut_units
 from ..measure.profile import layer_costs
 from .check import Differences
-from .plan import Plan, Removal, make_plan, positions_kept
+from .plan import Plan, make_plan
 from .select import Stay, ranked_units, zero_units
-from .surgery import cut
 from .trial import Trial
 
 __all__ = ["Pruner"]
@@ -105,13 +105,12 @@ class Pruner:
         """
         limits = Limits(min_keep, round_to)
         decision = self._decide(sparsity, context, criteria, limits, verify)
-        plan = make_plan(self.model, self._axes, decision.remove)
-        cut(self.model, positions_kept(self.model, self._axes, decision.remove))
+        plan = make_plan(self.model, self._coupling, self._axes, decision.remove)
+        cut_units(self.model, self._coupling, self._axes, decision.remove)
         self.plan, self._stay = plan, decision.stay
         apart = decision.apart if plan.removed else Differences(0.0, 0.0, True)
         self.max_abs_diff = apart.absolute if apart else None
         self.max_rel_diff = apart.relative if apart else None
-        self._couple()
         if plan.removed:
             self.model.zero_grad(set_to_none=True)
         else:
@@ -132,7 +131,7 @@ class Pruner:
         """What `prune_model` with the same arguments would do; the model stays as it is."""
         limits = Limits(min_keep, round_to)
         decision = self._decide(sparsity, context, criteria, limits, verify)
-        return make_plan(self.model, self._axes, decision.remove)
+        return make_plan(self.model, self._coupling, self._axes, decision.remove)
 
     def report(self) -> pd.DataFrame:
         """Widths, parameters and MACs (one sample) of each layer, before and after; last 'total'.
@@ -184,7 +183,7 @@ class Pruner:
         else:
             wanted, stay = ranked_units(self.model, self._axes, share, context, criterion, limits)
         trial = Trial(*where, exact=exact, verify=verify)
-        remove = trial.settle({}, {a: units for a, units in wanted.items() if units.any()})
+        remove = trial.settle({a: units for a, units in wanted.items() if units.any()})
         for a, reason in trial.failed.items():
             units = wanted[a].nonzero().flatten().tolist()
             stay.extend((self._axes[a].name, u, reason) for u in units)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion
 from ..core.masks import Limits, select
 from ..coupling.inputs import Inputs
-from ..coupling.ranking import unit_scores, zeroed_units
+from ..coupling.ranking import ranked_bundles, zeroed_units
 from ..coupling.units import Axis, Coupling
-from .check import peaks
+from .check import observe
 
 __all__ = ["Stay", "ranked_units", "zero_units"]
 
@@ -29,23 +29,35 @@ def zero_units(
     the zero units that stay.
     """
     tensors = dict(model.named_parameters())
-    arriving = peaks(model, inputs, coupling)
+    arriving = observe(model, inputs, coupling).peaks
     remove: dict[int, Tensor] = {}
     stay: list[Stay] = []
     for a, axis in enumerate(axes):
-        peak = arriving[coupling.classes_of(axis)].tolist()
+        peak = arriving[axis.classes].tolist()
         silent = []
         for u in zeroed_units(tensors, axis).nonzero().flatten().tolist():
             if axis.pins[u] is not None:
                 stay.append((axis.name, u, axis.pins[u]))
+            elif axis.mixed is not None:
+                stay.append((axis.name, u, axis.mixed))
             elif peak[u] != 0:
                 stay.append((axis.name, u, _not_silent(peak[u])))
             else:
                 silent.append(u)
-        n = limits.rounded(limits.most(axis.size, len(silent)), axis.size)
-        stay.extend((axis.name, u, "min_keep or round_to") for u in silent[n:])
-        remove[a] = _marked(axis, torch.tensor(silent[:n], dtype=torch.long))
+        chosen, reason = _whole_bundles(axis, silent, limits)
+        stay.extend((axis.name, u, reason) for u in sorted(set(silent) - set(chosen)))
+        remove[a] = _marked(axis, torch.tensor(chosen, dtype=torch.long))
     return remove, stay
+
+
+def _whole_bundles(axis: Axis, silent: Sequence[int], limits: Limits) -> tuple[list[int], str]:
+    """As many silent units of each block as `limits` allow, and why not more."""
+    blocks = [[u for u in silent if axis.block[u] == b] for b in range(axis.blocks)]
+    least = min(len(units) for units in blocks)
+    bundles = axis.size // axis.blocks
+    n = limits.rounded(limits.most(bundles, least), bundles, axis.blocks)
+    reason = "min_keep or round_to" if n < least else "its counterparts in other blocks stay"
+    return [u for units in blocks for u in units[:n]], reason
 
 
 def ranked_units(
@@ -59,9 +71,10 @@ def ranked_units(
     """The share `sparsity` of the free units, lowest scores first; and the pinned ones."""
     tensors = dict(model.named_parameters())
     stay = [(x.name, u, pin) for x in axes for u, pin in enumerate(x.pins) if pin is not None]
-    ranked = [a for a, axis in enumerate(axes) if len(axis.free)]
+    ranked = [a for a, axis in enumerate(axes) if axis.bundles]
     together = context == "global"
-    scores = [unit_scores(tensors, axes[a], criterion, relative=together) for a in ranked]
+    bundles = [ranked_bundles(tensors, axes[a], criterion, relative=together) for a in ranked]
+    scores = [s for s, _ in bundles]
     counts: Any = [round(sparsity * s.numel()) for s in scores]
     if together:
         counts = round(sparsity * sum(s.numel() for s in scores))
@@ -69,11 +82,14 @@ def ranked_units(
         scores,
         counts,
         held=[torch.zeros_like(s, dtype=torch.bool) for s in scores],
-        sizes=[axes[a].size for a in ranked],
+        sizes=[axes[a].size // axes[a].blocks for a in ranked],
+        widths=[axes[a].blocks for a in ranked],
         limits=limits,
     )
-    chosen = zip(ranked, marks, strict=True)
-    return {a: _marked(axes[a], axes[a].free[mark.cpu()]) for a, mark in chosen}, stay
+    chosen = zip(ranked, bundles, marks, strict=True)
+    return {
+        a: _marked(axes[a], units[mark].flatten().cpu()) for a, (_, units), mark in chosen
+    }, stay
 
 
 def _marked(axis: Axis, units: Tensor) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..coupling.inputs import Inputs
-from ..coupling.replay import replay
+from ..coupling.mending import mends
+from ..coupling.probe import Removal, broken, gone, left_alone, positions_kept, settle, wiring
+from ..coupling.surgery import shadowed
 from ..coupling.units import Axis, Coupling
-from .check import Differences, alike, differences, outputs, peaks, silenced
-from .plan import Removal, positions_kept
-from .surgery import cut
+from .check import Differences, Observation, alike, differences, observe
 
 __all__ = ["Trial"]
 
@@ -22,7 +22,8 @@ class Trial:
 
     A cut network has to run, its labels have to meet as they did before, and its outputs have to
     be those of the network as it is (`exact`) or of the network in which every layer ignores the
-    removed channels.
+    removed channels. Where channels are mixed (under a layer norm) no network computes the same:
+    there the wiring alone is proved.
 
     Attributes:
         failed: why axes could not be cut, by their place in the list of all.
@@ -44,67 +45,61 @@ class Trial:
         self.exact, self.verify = exact, verify
         self.failed: dict[int, str] = {}
         self.apart: Differences | None = None
+        self._dense: Observation | None = None
 
-    def settle(self, good: Removal, more: Removal) -> Removal:
-        """`good` with those of `more` that can be cut as well, found by halving where it fails."""
-        if not more:
-            return good
-        reason = self._attempt({**good, **more})
-        if reason is None:
-            return {**good, **more}
-        if len(more) == 1:
-            self.failed[next(iter(more))] = reason
-            return good
-        axes = list(more)
-        for part in (axes[: len(axes) // 2], axes[len(axes) // 2 :]):
-            good = self.settle(good, {a: more[a] for a in part})
-        return good
+    def settle(self, wanted: Removal) -> Removal:
+        """Those of the axes that can be cut together, found by halving where it fails."""
+        whole = [a for a in wanted if self.exact or self.axes[a].mixed is None]
+        mixed = [a for a in wanted if a not in whole]
+        failed: dict[int, str] = {}
+        good: list[int] = []
+        for axes in (whole, mixed):
+            # each axis in a list of its own, for settle() knows them by identity
+            items = [[a] for a in axes]
+            done = settle(
+                [[a] for a in good],
+                items,
+                lambda found: self._attempt({a: wanted[a] for (a,) in found}),
+                failed,
+            )
+            good = [a for (a,) in done]
+            self.failed.update({a: failed[id(i)] for i in items for a in i if id(i) in failed})
+        return {a: wanted[a] for a in good}
 
     def _attempt(self, remove: Removal) -> str | None:
         """Why this cannot be cut, or None."""
-        kept = positions_kept(self.model, self.axes, remove)
-        expected = self._expected(remove)
-        undo = cut(self.model, kept)
-        apart, same = None, True
+        where = self.model, self.coupling, self.axes, remove
+        reason = wiring(self.model, self.inputs, *where[1:])
+        compare = self.verify and (self.exact or all(self.axes[a].mixed is None for a in remove))
+        if reason is not None or not compare:
+            return reason
+        before, lost = self._expected(remove), gone(self.coupling, self.axes, remove)
+        kept = positions_kept(*where)
         try:
-            replay(self.model, self.inputs, self.coupling, kept, self._alone(remove))
-            if expected is not None:
-                apart = differences(expected[0], outputs(self.model, self.inputs))
-                arriving = peaks(self.model, self.inputs, self.coupling, kept)
-                same = self._same(remove, expected[1], arriving)
+            with shadowed(self.model, kept, mends(self.model, self.coupling.analysis, lost, kept)):
+                after = observe(self.model, self.inputs, self.coupling, kept)
+            apart = differences(before.outputs, after.outputs)
         except Exception as error:  # whatever a cut network may raise
-            return f"cutting it breaks the network: {type(error).__name__}: {error}"
-        finally:
-            undo()
-        if apart is not None and not apart.small:
+            return broken(error)
+        if not apart.small:
             return f"cutting it changes the outputs by {apart.relative:.2g} of the largest"
-        if not same:
+        if not self._same(remove, before.peaks, after.peaks):
             return "cutting it changes what arrives at other layers"
         self.apart = apart
         return None
 
-    def _expected(self, remove: Removal) -> tuple[list[list[Tensor]], Tensor] | None:
-        """Outputs, and what arrives at each layer, of the network to compare with."""
-        if not self.verify:
-            return None
-        ignored = [] if self.exact else [(self.axes[a], units) for a, units in remove.items()]
-        with silenced(self.model, ignored):
-            arriving = peaks(self.model, self.inputs, self.coupling)
-            return outputs(self.model, self.inputs), arriving
+    def _expected(self, remove: Removal) -> Observation:
+        """What the network to compare with computes."""
+        if not self.exact:
+            silent = gone(self.coupling, self.axes, remove)
+            return observe(self.model, self.inputs, self.coupling, silent=silent)
+        if self._dense is None:
+            self._dense = observe(self.model, self.inputs, self.coupling)
+        return self._dense
 
-    def _same(self, remove: Removal, before: Tensor, after: Tensor) -> bool:
+    def _same(self, remove: Removal, before: torch.Tensor, after: torch.Tensor) -> bool:
         """Whether the channels that stay arrive as before; outputs may hide a small branch."""
-        stays = torch.ones_like(before, dtype=torch.bool)
-        for a, units in remove.items():
-            stays[self.coupling.classes_of(self.axes[a])[units]] = False
-        stays[self._alone(remove)] = False  # a single channel carries no label
+        stays = torch.from_numpy(~gone(self.coupling, self.axes, remove))
+        stays[left_alone(self.axes, remove)] = False  # a single channel carries no label
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         return alike(before[stays], after[stays], dtype)
-
-    def _alone(self, remove: Removal) -> list[int]:
-        """Classes of the units that are left alone in their axis."""
-        found = []
-        for a, units in remove.items():
-            if int((~units).sum()) == 1:
-                found.extend(self.coupling.classes_of(self.axes[a])[~units].tolist())
-        return found

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..core.granularity import Granularity, dimensions, maskable_types
 from ..core.names import LayerChoice, pick
+from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
 from ..coupling.labels import PRODUCE, SCALE, SHIFT
-from ..coupling.units import Axis, Coupling, couple
+from ..coupling.units import Axis, Coupling
 from .groups import Groups, LayerGroups, UnitGroups
 
 __all__ = ["Choice", "NothingToSparsify", "choose"]
@@ -117,10 +118,12 @@ def _units(
         if not set(axis.producers) & set(chosen):
             continue
         axis = _without(axis, chosen, tensors)
-        if len(axis.free):
+        if axis.mixed is not None:
+            axis = axis.pinned(axis.mixed)
+        if axis.bundles:
             groups.append(UnitGroups(axis, tensors))
         else:
-            skipped[axis.name] = axis.pins[0] or ""
+            skipped[axis.name] = next(filter(None, axis.pins))
     for name, layer in chosen.items():
         if isinstance(layer, maskable_types()) and name not in seen:
             skipped[name] = "never run on the example inputs, or of a single channel"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion
 from ..core.granularity import over_groups
 from ..coupling.labels import PRODUCE, SCALE, SHIFT
-from ..coupling.ranking import unit_scores, zeroed_units
+from ..coupling.ranking import ranked_bundles, zeroed_units
 from ..coupling.units import Axis
 
 __all__ = ["Groups", "LayerGroups", "UnitGroups"]
@@ -34,6 +34,10 @@ class Groups(Protocol):
     @property
     def size(self) -> int:
         """How many groups there are, the pinned ones counted in."""
+
+    @property
+    def width(self) -> int:
+        """How many channels a group is, for `round_to`."""
 
     def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
         """(free,) one score a group."""
@@ -77,6 +81,7 @@ class LayerGroups:
         return self._shape.numel()
 
     size = free
+    width = 1
 
     @property
     def _shape(self) -> torch.Size:
@@ -103,12 +108,19 @@ class LayerGroups:
         return _tally(size, zeros, size, zeros, cost, round(cost * zeros / max(size, 1)))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class UnitGroups:
-    """The free units of an axis: coupled filters with their biases, norm scales and shifts."""
+    """The free units of an axis: coupled filters with their biases, norm scales and shifts.
+
+    Where the axis has blocks, a group is a bundle of units, one of each block: those that are
+    zero first, then the weakest of each.
+    """
 
     axis: Axis
     tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        self._units = self.axis.bundled(self.axis.free)  # (groups, blocks)
 
     @property
     def name(self) -> str:
@@ -120,22 +132,36 @@ class UnitGroups:
 
     @property
     def free(self) -> int:
-        return len(self.axis.free)
+        return self.axis.bundles
 
     @property
     def size(self) -> int:
-        return self.axis.size
+        return self.axis.size // self.axis.blocks
+
+    @property
+    def width(self) -> int:
+        return self.axis.blocks
 
     def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
-        return unit_scores(self.tensors, self.axis, criterion, relative=relative)
+        first = zeroed_units(self.tensors, self.axis, _SPEAKING)
+        scores, self._units = ranked_bundles(
+            self.tensors, self.axis, criterion, relative=relative, first=first
+        )
+        return scores
 
     def zeroed(self) -> Tensor:
         zero = zeroed_units(self.tensors, self.axis, _SPEAKING)
-        return zero[self.axis.free.to(zero.device)]
+        if self.axis.blocks == 1:
+            self._units = self.axis.free[:, None]
+            return zero[self.axis.free.to(zero.device)]
+        free = self.axis.free
+        order = free[(~zero.cpu()[free]).to(torch.uint8).argsort(stable=True)]
+        self._units = self.axis.bundled(order)
+        return zero[self._units.to(zero.device)].all(1)
 
     def write(self, zero: Tensor, masks: Mapping[str, Tensor]) -> None:
         gone = torch.zeros(self.axis.size, dtype=torch.bool)
-        gone[self.axis.free[zero.cpu()]] = True
+        gone[self._units[zero.cpu()].flatten()] = True
         for slot in self.axis.having(*_SPEAKING):
             mask = masks.get(slot.parameter)
             if mask is not None:  # buffers are not masked

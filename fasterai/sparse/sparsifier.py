@@ -177,7 +177,10 @@ class Sparsifier:
         held = self._held()
         if self._more(counts, held):
             sizes = [g.size for g in self._groups]
-            held = select(self.scores(), counts, held=held, sizes=sizes, limits=self.limits)
+            widths = [g.width for g in self._groups]
+            held = select(
+                self.scores(), counts, held=held, sizes=sizes, widths=widths, limits=self.limits
+            )
         self.asked = tuple(targets if asked is None else asked)
         self._set(held)
         self.apply()

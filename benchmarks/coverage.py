@@ -1,0 +1,283 @@
+"""On which networks does pruning work? Each runs in a process of its own, with a limit of time
+and memory; a JSON line each, and a table in the end. The same is asked of torch-pruning, which is
+helped: it is told which layers make the outputs, and how many heads attention layers have.
+
+    python benchmarks/coverage.py [--libraries fastai torchvision timm transformers]
+        [--networks resnet18 ...] [--checks ranked exact peer] [--seconds 300] [--out lines.jsonl]
+
+ranked: `prune_model(0.5)` removes half of every axis that is not pinned, at least 5% of the
+parameters; the eval outputs keep their shapes; another batch trains. exact: half of every free
+axis is zeroed under random norm statistics and removed; how far outputs are apart, float64.
+peer: torch-pruning cuts half of the channels; the same demands.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+import warnings
+
+import torch
+import zoo
+from torch import nn
+
+from fasterai.coupling.inputs import tensors_in
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def shapes(model, x):
+    with torch.no_grad():
+        torch.manual_seed(0)
+        return [tuple(t.shape) for t in tensors_in(call(model.eval(), x))]
+
+
+def call(model, x):
+    return model(**x) if isinstance(x, dict) else model(*x)
+
+
+def trains(model, library, inputs):
+    """A step on another batch size."""
+    x = inputs(3)
+    model.train().requires_grad_(True)
+    if isinstance(x, tuple) and isinstance(x[0], list):
+        x = (*x, zoo.detection_targets(3))
+    out = call(model, x)
+    losses = [
+        t.float().mean() for t in tensors_in(out) if t.is_floating_point() and t.requires_grad
+    ]
+    sum(losses).backward()
+    model.zero_grad()
+    model.eval()
+
+
+def detects(x):
+    return isinstance(x, tuple) and isinstance(x[0], list)
+
+
+def ranked(library, name):
+    from fasterai.prune.pruner import Pruner
+
+    model, inputs = zoo.build(library, name)
+    x = inputs(2)
+    expected, before = shapes(model, x), parameters(model)
+    begin = time.perf_counter()
+    pruner = Pruner(model, x)
+    analysed = time.perf_counter() - begin
+    axes = pruner._axes
+    goal = [a.size - a.blocks * min(round(0.5 * a.bundles), a.size // a.blocks - 1) for a in axes]
+    pruner.prune_model(0.5)
+    seconds = time.perf_counter() - begin
+    after = parameters(model)
+    short = [a.name for a, g in zip(pruner.plan.axes, goal, strict=True) if a.after != g]
+    same = detects(x) or shapes(model, x) == expected
+    trains(model, library, inputs)
+    pinned = {}
+    for a in axes:
+        for pin in a.pins:
+            if pin is not None:
+                pinned[pin[:90]] = pinned.get(pin[:90], 0) + 1
+    return {
+        "ok": bool(same and not short and after <= 0.95 * before),
+        "parameters": round(after / before, 3),
+        "million": round(before / 1e6, 1),
+        "axes": len(axes),
+        "free": sum(a.bundles > 0 for a in axes),
+        "short": short[:5],
+        "shapes": same,
+        "analysed": round(analysed, 2),
+        "seconds": round(seconds, 2),
+        "kept": sorted(set(pruner.kept()["reason"].str.slice(0, 200)))[:12] if short else [],
+        "pinned": dict(sorted(pinned.items(), key=lambda kv: -kv[1])[:5]),
+    }
+
+
+def shake(model):
+    """Random norm statistics and affine values, so that nothing is neutral."""
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
+            nn.init.normal_(m.running_mean, 0, 0.3)
+            nn.init.uniform_(m.running_var, 0.5, 1.5)
+        kinds = nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm
+        if isinstance(m, kinds) and m.weight is not None:
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            if m.bias is not None:
+                nn.init.normal_(m.bias, 0, 0.3)
+
+
+def double(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def exact(library, name):
+    import copy
+
+    from fasterai.prune.pruner import Pruner
+    from fasterai.sparse.sparsifier import Sparsifier
+
+    model, inputs = zoo.build(library, name)
+    shake(model)
+    model.double()
+    x, other = (torch.utils._pytree.tree_map(double, inputs(2)) for _ in range(2))
+    before = parameters(model)
+    begin = time.perf_counter()
+    sparsifier = Sparsifier(model, "filter", example_inputs=x)
+    sparsifier.sparsify_model(0.5)
+    groups = sum(g.free for g in sparsifier._groups)
+    sparse = copy.deepcopy(model)
+    pruner = Pruner(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner.prune_model()
+    seconds = time.perf_counter() - begin
+    apart = 0.0
+    with torch.no_grad():
+        for z in (x, other):
+            torch.manual_seed(0)
+            a = tensors_in(call(sparse.eval(), z))
+            torch.manual_seed(0)
+            b = tensors_in(call(model.eval(), z))
+            for p, q in zip(a, b, strict=True):
+                if p.is_floating_point() and p.numel():
+                    apart = max(apart, float((p - q).abs().max() / p.abs().max().clamp(min=1e-30)))
+    return {
+        "ok": apart < 1e-10,
+        "apart": apart,
+        "groups": groups,
+        "parameters": round(parameters(model) / before, 3),
+        "left": len(pruner.kept()),
+        "why": sorted({r[:90] for r in pruner.kept()["reason"]})[:4],
+        "seconds": round(seconds, 2),
+    }
+
+
+def peer(library, name):
+    import torch_pruning as tp
+
+    from fasterai.coupling.analysis import analyse
+    from fasterai.coupling.inputs import Inputs
+
+    model, inputs = zoo.build(library, name)
+    x = inputs(2)
+    expected, before = shapes(model, x), parameters(model)
+    outputs = set(analyse(model, Inputs.fitting(model, x)).outputs)
+    modules = dict(model.named_modules())
+    heads = {
+        child: m.num_heads
+        for m in modules.values()
+        if isinstance(getattr(m, "num_heads", None), int)
+        for child in m.children()
+        if isinstance(child, nn.Linear)
+    }
+    begin = time.perf_counter()
+    pruner = tp.pruner.MagnitudePruner(
+        model,
+        x if isinstance(x, dict) else x if len(x) > 1 else x[0],
+        importance=tp.importance.GroupMagnitudeImportance(p=1),
+        pruning_ratio=0.5,
+        ignored_layers=[modules[n] for n in outputs if n in modules],
+        num_heads=heads,
+        output_transform=lambda out: sum(t.float().sum() for t in tensors_in(out)),
+    )
+    pruner.step()
+    seconds = time.perf_counter() - begin
+    after = parameters(model)
+    same = detects(x) or shapes(model, x) == expected
+    trains(model, library, inputs)
+    return {
+        "ok": bool(same and after <= 0.95 * before),
+        "parameters": round(after / before, 3),
+        "seconds": round(seconds, 2),
+    }
+
+
+CHECKS = {"ranked": ranked, "exact": exact, "peer": peer}
+
+
+def child(check, library, name, gigabytes, threads, send):
+    warnings.simplefilter("ignore")
+    limit = int(gigabytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    torch.set_num_threads(threads)
+    try:
+        found = CHECKS[check](library, name)
+    except BaseException as error:
+        import traceback
+
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        found = {
+            "ok": False,
+            "error": f"{type(error).__name__}: {str(error)[:400]}",
+            "at": f"{where.filename.rpartition('/')[2]}:{where.lineno}",
+        }
+    send.send(found)
+
+
+def run(jobs, seconds, gigabytes, workers, out):
+    context = multiprocessing.get_context("fork")
+    waiting, running, found = list(jobs), [], []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            job = waiting.pop(0)
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=child, args=(*job, gigabytes, 1, send))
+            process.start()
+            send.close()
+            running.append((job, process, receive, time.monotonic()))
+        time.sleep(0.05)
+        for item in list(running):
+            job, process, receive, begin = item
+            late = time.monotonic() - begin > seconds
+            if not (receive.poll() or late or not process.is_alive()):
+                continue
+            result = {"ok": False, "error": "out of time" if late else "died"}
+            try:
+                if receive.poll():
+                    result = receive.recv()
+            except EOFError:
+                pass
+            process.kill()
+            process.join()
+            running.remove(item)
+            line = dict(zip(("check", "library", "network"), job, strict=True), **result)
+            found.append(line)
+            print(json.dumps(line), file=out, flush=True)
+    return found
+
+
+def table(found):
+    print("| library | check | works | of |")
+    print("| --- | --- | --- | --- |")
+    for library, check in dict.fromkeys((f["library"], f["check"]) for f in found):
+        mine = [f for f in found if (f["library"], f["check"]) == (library, check)]
+        print(f"| {library} | {check} | {sum(f['ok'] for f in mine)} | {len(mine)} |")
+    for f in found:
+        if not f["ok"]:
+            print(f"- {f['check']} {f['library']} {f['network']}: {f.get('error') or f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--libraries", nargs="+", default=list(zoo.LIBRARIES))
+    parser.add_argument("--networks", nargs="+")
+    parser.add_argument("--checks", nargs="+", default=list(CHECKS))
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--gigabytes", type=float, default=24)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", default="coverage.jsonl")
+    args = parser.parse_args()
+    found = []
+    with open(args.out, "a") as out:
+        for library in args.libraries:
+            zoo.preload(library)
+            names = args.networks or zoo.names(library)
+            jobs = [(check, library, name) for name in names for check in args.checks]
+            found += run(jobs, args.seconds, args.gigabytes, args.workers, out)
+    table(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""What the labels of a network say, once all that meet have become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+
+from .inputs import Inputs
+from .labels import CONSUME, FOLLOW, PRODUCE, SCALE, SHIFT, Dim, Run, dims_of
+from .run import run_labels
+
+__all__ = ["Analysis", "analyse"]
+
+_PRECEDENCE = (PRODUCE, CONSUME, SHIFT, SCALE, FOLLOW)
+_ROUNDS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """Classes of joined labels, and what is known about them.
+
+    Args:
+        first: for each dimension, its first label; labels run on from there.
+        sizes: for each dimension, how many there are.
+        classes: (labels,) the class of each label, named by one of its labels.
+        pinned: for pinned classes, why.
+        mixed: for classes that an operation mixes, which.
+        grids: classes laid out in two or more dimensions, one for each grid of channels.
+        read: classes that a layer was seen to read.
+        roles: what each dimension of a parameter does.
+        order: parameters in the order in which they made channels.
+        outputs: for each output of the network, the last layer that made its channels.
+        trains: whether the network also ran in train mode.
+        shapes: whether it ran on shapes alone.
+    """
+
+    first: Mapping[Dim, int]
+    sizes: Mapping[Dim, int]
+    classes: np.ndarray
+    pinned: Mapping[int, str]
+    mixed: Mapping[int, str]
+    grids: tuple[np.ndarray, ...]
+    read: np.ndarray
+    roles: Mapping[Dim, str]
+    order: tuple[str, ...]
+    outputs: tuple[str, ...]
+    trains: bool
+    shapes: bool
+
+    @cached_property
+    def producers(self) -> dict[int, set[str]]:
+        """For each class the parameters that produce it."""
+        found: dict[int, set[str]] = {}
+        for dim, role in self.roles.items():
+            if role == PRODUCE:
+                mine = self.classes[self.first[dim] : self.first[dim] + self.sizes[dim]]
+                for c in np.unique(mine).tolist():
+                    found.setdefault(c, set()).add(dim.parameter)
+        return found
+
+
+def analyse(
+    model: nn.Module, inputs: Inputs, joined: Sequence[tuple[np.ndarray, np.ndarray]] = ()
+) -> Analysis:
+    """Run a network on labels, in eval and in train mode, until no more labels join.
+
+    One round does, unless views split channels into grids: labels of a grid that became one
+    there let it appear as what it is, the heads of an attention layer, say.
+
+    Args:
+        model: any network; it is left as it was.
+        inputs: what it runs on.
+        joined: labels that belong together for another reason.
+    """
+    first, total = _number(model)
+    classes = _classes(np.arange(total), [], joined)
+    runs: list[Run] = []
+    begin: list[Run] = []
+    trains = shapes = True
+    for _ in range(_ROUNDS):
+        labels = _labels(model, first, classes)
+        run, shapes = _evaluate(model, inputs, labels, shapes)
+        runs = [run]
+        if trains:
+            trained = _train(model, inputs, labels, shapes)
+            trains = trained is not None
+            runs.extend(trained or ())
+        before, classes = classes, _classes(classes, runs, ())
+        begin = begin or runs
+        if not any(run.grids for run in runs) or np.array_equal(before, classes):
+            break
+    order = tuple(dict.fromkeys(name for run in begin for name in run.order))
+    grids = {(g.shape, g.tobytes()): g for g in _grids(classes, runs)}
+    return Analysis(
+        first,
+        {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()},
+        classes,
+        _pinned(classes, runs),
+        _noted(classes, [note for run in runs for note in run.mixed]),
+        tuple(grids.values()),
+        _read(classes, runs),
+        _roles(runs),
+        order,
+        _outputs(begin, first, order),
+        trains,
+        shapes,
+    )
+
+
+def _evaluate(
+    model: nn.Module, inputs: Inputs, labels: Mapping[Dim, Tensor], shapes: bool
+) -> tuple[Run, bool]:
+    """A run in eval mode, and whether shapes were enough for it."""
+    if shapes:
+        try:
+            return run_labels(model, inputs, labels), True
+        except Exception:  # whatever a network may raise that looks for numbers
+            if any(p.is_meta for p in model.parameters()):
+                raise
+    return run_labels(model, inputs, labels, shapes=False), False
+
+
+def _train(
+    model: nn.Module, inputs: Inputs, labels: Mapping[Dim, Tensor], shapes: bool
+) -> list[Run] | None:
+    for sized in (inputs.at_least(2), inputs):  # a norm wants more than one sample in training
+        try:
+            return [run_labels(model, sized, labels, training=True, shapes=shapes)]
+        except Exception:  # a network that only evaluates; what it does in training does not count
+            continue
+    return None
+
+
+def _number(model: nn.Module) -> tuple[dict[Dim, int], int]:
+    first, count = {}, 0
+    for dim, tensor in dims_of(model).items():
+        first[dim] = count
+        count += tensor.shape[dim.dim]
+    return first, count
+
+
+def _labels(model: nn.Module, first: Mapping[Dim, int], classes: np.ndarray) -> dict[Dim, Tensor]:
+    known = torch.from_numpy(classes)
+    return {
+        dim: known[first[dim] : first[dim] + tensor.shape[dim.dim]]
+        for dim, tensor in dims_of(model).items()
+    }
+
+
+def _vector(labels: Tensor) -> np.ndarray:
+    return labels.numpy()
+
+
+def _classes(
+    known: np.ndarray, runs: Sequence[Run], joined: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """Connected components of the labels under all meetings, each named by its first label."""
+    pairs = [(_vector(a), _vector(b)) for run in runs for a, b in run.meetings]
+    pairs += list(joined)
+    total = len(known)
+    left = np.concatenate([np.arange(total), *(a for a, _ in pairs)])
+    right = np.concatenate([known, *(b for _, b in pairs)])
+    real = (left >= 0) & (right >= 0)
+    left, right = left[real], right[real]
+    graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(total, total))
+    found = connected_components(graph, directed=False)[1]
+    name = np.full(found.max(initial=-1) + 1, total, dtype=np.int64)
+    np.minimum.at(name, found, np.arange(total))
+    return name[found]
+
+
+def _pinned(classes: np.ndarray, runs: Sequence[Run]) -> dict[int, str]:
+    pins = [pin for run in runs for pin in run.pins]
+    for run in runs:
+        for a, b in run.meetings:
+            for mine, other in ((a, b), (b, a)):
+                if bool((other < 0).any()):
+                    pins.append((mine[other < 0], "joined with a tensor of fixed size"))
+    return _noted(classes, pins)
+
+
+def _noted(classes: np.ndarray, notes: Sequence[tuple[Tensor, str]]) -> dict[int, str]:
+    """The first reason given for each class."""
+    reasons: dict[int, str] = {}
+    for labels, reason in notes:
+        known = _vector(labels)
+        for c in np.unique(classes[known[known >= 0]]).tolist():
+            reasons.setdefault(c, reason)
+    return reasons
+
+
+def _grids(classes: np.ndarray, runs: Sequence[Run]) -> list[np.ndarray]:
+    found = []
+    for run in runs:
+        for grid in run.grids:
+            known = _vector(grid)
+            found.append(np.where(known >= 0, classes[known], -1))
+    return found
+
+
+def _read(classes: np.ndarray, runs: Sequence[Run]) -> np.ndarray:
+    read = np.zeros(len(classes), dtype=bool)
+    for run in runs:
+        for seen in run.consumed:
+            known = _vector(seen)
+            read[classes[known[known >= 0]]] = True
+    return read
+
+
+def _roles(runs: Sequence[Run]) -> dict[Dim, str]:
+    roles: dict[Dim, str] = {}
+    for dim, role in sorted(
+        {pair for run in runs for pair in run.roles}, key=lambda r: _PRECEDENCE.index(r[1])
+    ):
+        roles.setdefault(dim, role)
+    return roles
+
+
+def _outputs(
+    runs: Sequence[Run],
+    first: Mapping[Dim, int],
+    order: Sequence[str],
+) -> tuple[str, ...]:
+    """For each output, the layer that ran last of those whose rows it shows."""
+    owner = {start: d.parameter for d, start in first.items()}
+    starts = np.array(sorted(owner))
+    found = []
+    for run in runs:
+        for seen in run.outputs:
+            known = _vector(seen)
+            at = np.unique(np.searchsorted(starts, known[known >= 0], side="right")) - 1
+            names = [owner[int(starts[i])] for i in at.tolist()]
+            made = [order.index(n) for n in names if n in order]
+            if made:
+                found.append(order[max(made)].rpartition(".")[0])
+    return tuple(dict.fromkeys(found))

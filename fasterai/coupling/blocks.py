@@ -1,0 +1,130 @@
+"""Blocks: channels that a view or an operation splits into parts of equal size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Blocks", "find_blocks"]
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Which classes of channels form blocks that must keep equally many.
+
+    Args:
+        block: (classes,) the block of each class, -1 outside of any.
+        place: (classes,) its place in its block.
+        tie: (blocks,) blocks of the same tie keep equally many.
+        torn: classes in grids that no cut leaves a grid.
+    """
+
+    block: np.ndarray
+    place: np.ndarray
+    tie: np.ndarray
+    torn: np.ndarray
+
+    def tie_of(self) -> np.ndarray:
+        """(classes,) the tie of each class, -1 outside of any block."""
+        return np.where(self.block >= 0, self.tie[self.block], -1) if len(self.tie) else self.block
+
+
+def find_blocks(
+    grids: Iterable[np.ndarray], total: int, ties: Sequence[tuple[int, int]] = ()
+) -> Blocks:
+    """Blocks from grids of classes.
+
+    Lines of a grid along the dimension that shrinks are its blocks: the last one along which all
+    classes differ. Where grids overlap, their common refinement counts.
+
+    Args:
+        grids: classes laid out in two or more dimensions; FIXED = -1 where there is none.
+        total: number of classes.
+        ties: pairs of classes whose blocks keep equally many for another reason.
+    """
+    block = np.full(total, -1)
+    place = np.zeros(total, dtype=np.int64)
+    torn: list[np.ndarray] = []
+    together: list[np.ndarray] = []  # one class of each line of a grid
+    for grid in grids:
+        lines = _lines(grid)
+        if lines is None:
+            torn.append(np.unique(grid[grid >= 0]))
+            continue
+        row = np.full(total, -1)
+        row[lines] = np.arange(len(lines))[:, None]
+        _refine(block, row)
+        place[lines] = np.arange(lines.shape[1])
+        together.append(lines)
+    inside = block >= 0
+    if inside.any():
+        block[inside] = np.unique(block[inside], return_inverse=True)[1]
+    count = block.max(initial=-1) + 1
+    tie = _tied(block, together, ties, count)
+    sizes = np.bincount(block[inside], minlength=count)
+    for t in np.unique(tie):
+        mine = np.flatnonzero(tie == t)
+        if len(set(sizes[mine].tolist())) > 1 or sizes[mine[0]] < 2:
+            torn.append(np.flatnonzero(np.isin(block, mine)))
+    spoiled = np.unique(np.concatenate(torn)) if torn else np.zeros(0, dtype=np.int64)
+    return Blocks(block, _ranks(block, place), tie, spoiled)
+
+
+def _lines(grid: np.ndarray) -> np.ndarray | None:
+    """The distinct lines of a grid along the dimension that can shrink; None where none can."""
+    for d in reversed(range(grid.ndim)):
+        if grid.shape[d] < 2:
+            continue
+        lines = np.moveaxis(grid, d, -1).reshape(-1, grid.shape[d])
+        lines = np.unique(lines, axis=0)
+        line = np.sort(lines, axis=1)
+        if (line[:, 1:] == line[:, :-1]).any() or (lines < 0).any():
+            continue
+        if len(np.unique(lines)) == lines.size:  # no class in two different lines
+            return lines
+    return None
+
+
+def _refine(block: np.ndarray, row: np.ndarray) -> None:
+    """Split blocks so that none lies in two rows."""
+    wide = row.max(initial=0) + 2
+    inside = (row >= 0) | (block >= 0)
+    block[inside] = (block[inside] + 1) * wide + row[inside] + 1
+    block[inside] = np.unique(block[inside], return_inverse=True)[1]
+
+
+def _ranks(block: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Places counted within each block."""
+    order = np.lexsort((place, block))
+    ranks = np.zeros(len(block), dtype=np.int64)
+    starts = np.flatnonzero(np.append(True, block[order][1:] != block[order][:-1]))
+    lengths = np.diff(np.append(starts, len(block)))
+    ranks[order] = np.arange(len(block)) - np.repeat(starts, lengths)
+    return ranks
+
+
+def _tied(
+    block: np.ndarray,
+    together: Sequence[np.ndarray],
+    ties: Sequence[tuple[int, int]],
+    count: int,
+) -> np.ndarray:
+    """Which blocks keep equally many: those of one grid, and those tied otherwise."""
+    parent = np.arange(count)
+
+    def root(b: int) -> int:
+        while parent[b] != b:
+            parent[b] = parent[parent[b]]
+            b = parent[b]
+        return b
+
+    for lines in together:
+        mine = np.unique(block[lines])
+        for b in mine[1:]:
+            parent[root(int(b))] = root(int(mine[0]))
+    for a, b in ties:
+        if block[a] >= 0 and block[b] >= 0:
+            parent[root(int(block[a]))] = root(int(block[b]))
+    return np.array([root(b) for b in range(count)], dtype=np.int64)

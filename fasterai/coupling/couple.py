@@ -1,0 +1,234 @@
+"""Find the units of a network: read its labels, and try whether it can be cut so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .analysis import Analysis, analyse
+from .blocks import find_blocks
+from .inputs import Inputs
+from .labels import PRODUCE
+from .mending import shared_sizes
+from .probe import settle, wiring
+from .units import Axis, Coupling, units_of
+
+__all__ = ["couple"]
+
+_ROUNDS = 6
+_FEW = 8  # so many siblings are also tried one by one
+
+
+@dataclass
+class _Found:
+    """What trying has taught beyond the labels."""
+
+    joined: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    grids: list[np.ndarray] = field(default_factory=list)
+    ties: list[tuple[int, int]] = field(default_factory=list)
+    pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
+
+
+def couple(model: nn.Module, inputs: Inputs) -> Coupling:
+    """Find the units of a network by running it on labels, in eval and in train mode.
+
+    Then some units of every axis are cut out and taken back again. Where the smaller network does
+    not run, or its labels meet in other ways, the blocks of an axis lose the same places instead
+    of any; an axis goes together with the one it reads, whose width its code takes for its own;
+    or it is pinned, with the reason.
+
+    The model is left as it was: parameters, buffers, training flags and the random state.
+
+    Args:
+        model: any network.
+        inputs: what it runs on; see `Inputs.fitting`.
+    """
+    found = _Found()
+    analysis = analyse(model, inputs)
+    coupling = _assemble(model, analysis, found)
+    for _ in range(_ROUNDS):
+        failed = _try(model, inputs, coupling)
+        if not failed:
+            return coupling
+        if not _tie(model, inputs, coupling, failed, found):
+            failed = _try(model, inputs, coupling, one_by_one=True)
+            if not _tie(model, inputs, coupling, failed, found):
+                if _align(coupling, failed, found):
+                    analysis = analyse(model, inputs, found.joined)
+                else:
+                    _pin(coupling, failed, found)
+        coupling = _assemble(model, analysis, found)
+    _pin(coupling, _try(model, inputs, coupling, one_by_one=True), found)
+    return _assemble(model, analysis, found)
+
+
+def _assemble(model: nn.Module, analysis: Analysis, found: _Found) -> Coupling:
+    total = len(analysis.classes)
+    named = analysis.classes
+    ties = [*shared_sizes(model, analysis), *found.ties]
+    ties = [(int(named[a]), int(named[b])) for a, b in ties]
+    grids = (*analysis.grids, *(named[g] for g in found.grids))
+    coupling = units_of(model, analysis, find_blocks(grids, total, ties))
+    reasons = {int(named[c]): why for classes, why in reversed(found.pins) for c in classes}
+    if not reasons:
+        return coupling
+    axes = [_with_pins(axis, reasons) for axis in coupling.axes]
+    pinned = {**reasons, **coupling.analysis.pinned}
+    return Coupling(tuple(axes), replace(coupling.analysis, pinned=pinned))
+
+
+def _with_pins(axis: Axis, reasons: dict[int, str]) -> Axis:
+    for reason in dict.fromkeys(reasons.values()):
+        units = [u for u, c in enumerate(axis.classes.tolist()) if reasons.get(c) == reason]
+        if units:
+            axis = axis.pinned(reason, units)
+    return axis
+
+
+def _try(
+    model: nn.Module, inputs: Inputs, coupling: Coupling, *, one_by_one: bool = False
+) -> dict[int, str]:
+    """Why axes cannot be cut, by their place.
+
+    Siblings in repeated layers are tried together, and stand or fall so, unless one by one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    some = {a: _some(axis, generator) for a, axis in enumerate(coupling.axes) if axis.bundles > 1}
+
+    def attempt(groups: list[list[int]]) -> str | None:
+        remove = {a: some[a] for group in groups for a in group}
+        return wiring(model, inputs, coupling, coupling.axes, remove, quick=True)
+
+    failed: dict[int, str] = {}
+    groups = _siblings(coupling, list(some))
+    good = settle([], groups, attempt, failed)
+    if one_by_one:
+        torn = [group for group in groups if id(group) in failed and len(group) <= _FEW]
+        groups = [group for group in groups if group not in torn] + [[a] for g in torn for a in g]
+        settle(good, groups[-sum(map(len, torn)) :] if torn else [], attempt, failed)
+    return {a: failed[id(group)] for group in groups if id(group) in failed for a in group}
+
+
+def _siblings(coupling: Coupling, axes: Sequence[int]) -> list[list[int]]:
+    """Axes by the layers that make them, those at the same place of repeated blocks together."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for a in axes:
+        axis = coupling.axes[a]
+        key = (*(re.sub(r"\d+", "#", p) for p in axis.producers[:2]), axis.blocks > 1, axis.mixed)
+        alike.setdefault(key, []).append(a)
+    return list(alike.values())
+
+
+def _some(axis: Axis, generator: torch.Generator) -> Tensor:
+    """Between a third and two thirds of the bundles: at random, or of each block others in a row.
+
+    Places in a row, elsewhere in each block, show best that code orders the blocks anew.
+    """
+    share = 1 / 3 + torch.rand((), generator=generator).item() / 3
+    count = min(max(1, round(axis.bundles * share)), axis.bundles - 1)
+    if axis.blocks > 1:
+        places = int(axis.place.max()) + 1
+        turn = (axis.place - axis.block * count) % places
+        order = axis.free[turn[axis.free].argsort(stable=True)]
+    else:
+        order = axis.free[torch.randperm(len(axis.free), generator=generator)]
+    mark = torch.zeros(axis.size, dtype=torch.bool)
+    mark[axis.bundled(order)[:count].flatten()] = True
+    return mark
+
+
+def _align(coupling: Coupling, failed: dict[int, str], found: _Found) -> bool:
+    """Join the same places of all blocks of the axes that failed; whether there were such."""
+    done = False
+    for a in failed:
+        axis = coupling.axes[a]
+        if axis.blocks < 2:
+            continue
+        lead = axis.classes[_in_places(axis)].view(axis.blocks, -1)
+        joined = lead[:1].expand_as(lead)
+        found.joined.append((lead.flatten().numpy(), joined.flatten().numpy()))
+        done = True
+    return done
+
+
+def _tie(
+    model: nn.Module,
+    inputs: Inputs,
+    coupling: Coupling,
+    failed: dict[int, str],
+    found: _Found,
+) -> bool:
+    """Tie axes that failed to the axis they read, where that saves both; whether it saved any.
+
+    Code that takes the width of its input for its own (a packed attention layer) needs both to
+    change alike: as many places go from each block, and from equal parts of what is read.
+    """
+    reads = {a: _read_by(coupling, a) for a in failed}
+    readers: dict[int, list[int]] = {}
+    for a in failed:
+        if not any(a in reads[other] for other in failed if other not in reads[a]):
+            for r in reads[a]:
+                readers.setdefault(r, []).append(a)
+    saved = False
+    for r, own in readers.items():
+        parts = _siblings(coupling, own)
+        for group in (own, *(parts if len(parts) > 1 else ())):
+            if _tie_together(model, inputs, coupling, (r, *group), found):
+                saved = True
+                if group is own:
+                    break
+    return saved
+
+
+def _tie_together(
+    model: nn.Module, inputs: Inputs, coupling: Coupling, group: Sequence[int], found: _Found
+) -> bool:
+    axes = [coupling.axes[a] for a in group]
+    places = min(x.size // x.blocks for x in axes)
+    if places < 2 or any(len(x.free) < x.size or not _divides(x, places) for x in axes):
+        return False
+    grids = [x.classes[_in_places(x)].view(-1, places).numpy() for x in axes]
+    remove = {}
+    for a, axis, grid in zip(group, axes, grids, strict=True):
+        lost = torch.from_numpy(grid[:, places // 2 :]).flatten()
+        remove[a] = torch.isin(axis.classes, lost)
+    if wiring(model, inputs, coupling, coupling.axes, remove, quick=True) is not None:
+        return False
+    found.grids.extend(grids)
+    found.ties.extend((int(grids[0][0, 0]), int(g[0, 0])) for g in grids[1:])
+    return True
+
+
+def _divides(axis: Axis, places: int) -> bool:
+    """Whether the blocks of an axis can be such that each has so many places."""
+    size = axis.size // axis.blocks
+    return size == places or (axis.blocks == 1 and size % places == 0)
+
+
+def _in_places(axis: Axis) -> Tensor:
+    """The units of an axis, block by block, in the order of their places."""
+    return torch.argsort(axis.block * axis.size + axis.place, stable=True)
+
+
+def _read_by(coupling: Coupling, a: int) -> set[int]:
+    """The other axes that the layers of an axis read."""
+    owner = {int(c): i for i, axis in enumerate(coupling.axes) for c in axis.classes[:1]}
+    first = coupling.analysis.first
+    found = set()
+    for slot in coupling.axes[a].having(PRODUCE):
+        for dim, start in first.items():
+            if dim.parameter == slot.parameter and dim.dim != slot.dim:
+                size = coupling.analysis.sizes[dim]
+                mine = set(coupling.analysis.classes[start : start + size].tolist())
+                found.update(i for c, i in owner.items() if c in mine)
+    return found - {a}
+
+
+def _pin(coupling: Coupling, failed: dict[int, str], found: _Found) -> None:
+    for a, reason in failed.items():
+        found.pins.append((coupling.axes[a].classes.numpy(), reason))

@@ -1,0 +1,198 @@
+"""Integers with which modules remember the sizes of their tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .analysis import Analysis
+from .labels import PRODUCE, Dim
+
+__all__ = ["Mend", "layer_integers", "mends", "shared_sizes"]
+
+Mend = tuple[nn.Module, str, Any]  # a module, an attribute of it, its new value
+
+# Modules around a layer, like attention, remember widths in attributes with such names.
+_NUMBER = re.compile(r"heads?$|^n_?heads?|nhead")
+_WIDTH = re.compile(r"dim|size|width|chan|chs|feat|hidden|embed|inner|planes|^nf$|n_hid|d_model")
+_OTHER = re.compile(r"window|patch|kernel|img|image|grid|pool|stride|vocab|max_|batch")
+_AROUND = 2  # levels of modules around a layer that may remember its width
+
+
+def mends(
+    model: nn.Module, analysis: Analysis, gone: np.ndarray, kept: Mapping[Dim, Any]
+) -> list[Mend]:
+    """The integers to change in the modules around the layers that are cut.
+
+    An attribute follows where its name tells that it is a width or a number of heads, and its
+    value is one that changes there. Replay tells whether that was right.
+
+    Args:
+        model: the network, before or while it is cut.
+        analysis: what its labels say.
+        gone: (labels,) bool, the classes that are removed.
+        kept: the positions that stay of each dimension that is cut.
+    """
+    modules = dict(model.named_modules())
+    rows: dict[str, dict[int, set[int]]] = {}  # how wide layers are
+    sizes: dict[str, dict[int, set[int]]] = {}  # how long the lines of grids are
+    numbers: dict[str, dict[int, set[int]]] = {}  # how many
+    for dim, index in kept.items():
+        old = analysis.sizes[dim]
+        if analysis.roles.get(dim) == PRODUCE and old != len(index):
+            for name in _around(dim.parameter):
+                rows.setdefault(name, {}).setdefault(old, set()).add(len(index))
+    for grid in analysis.grids:
+        changes = _shrunk(grid, gone)
+        if not changes:
+            continue
+        for name in {m for p in _parameters(grid, analysis.producers) for m in _around(p)}:
+            for d, (old, new) in changes.items():
+                book = sizes if d == grid.ndim - 1 else numbers
+                book.setdefault(name, {}).setdefault(old, set()).add(new)
+    found = []
+    for name in rows.keys() | sizes.keys() | numbers.keys():
+        for attribute, value, number in _integers(modules[name]):
+            widths = {**rows.get(name, {}), **sizes.get(name, {})}
+            new = _renewed(value, numbers.get(name, {}) if number else widths)
+            if new != value:
+                found.append((modules[name], attribute, new))
+    return found
+
+
+def shared_sizes(model: nn.Module, analysis: Analysis) -> list[tuple[int, int]]:
+    """Pairs of classes whose blocks share an integer of a module, such as the width of a head."""
+    modules = dict(model.named_modules())
+    first: dict[tuple[str, str], int] = {}
+    pairs = []
+    for grid in analysis.grids:
+        if (grid < 0).any():
+            continue
+        c = int(grid.flat[0])
+        for name in {m for p in _parameters(grid, analysis.producers) for m in _around(p)}:
+            for attribute, value, number in _integers(modules[name]):
+                if not number and value == grid.shape[-1]:
+                    pairs.append((first.setdefault((name, attribute), c), c))
+    return pairs
+
+
+def _parameters(grid: np.ndarray, owners: Mapping[int, set[str]]) -> set[str]:
+    return {p for c in np.unique(grid).tolist() for p in owners.get(c, ())}
+
+
+def _around(parameter: str) -> list[str]:
+    """The module of a parameter and those around it."""
+    parts = parameter.split(".")[:-1]
+    return [".".join(parts[: len(parts) - k]) for k in range(min(_AROUND, len(parts)) + 1)]
+
+
+def _integers(module: nn.Module) -> Iterator[tuple[str, Any, bool]]:
+    """Attributes that may hold a width, or (True) a number of heads."""
+    for name, value in vars(module).items():
+        plain = isinstance(value, int) and not isinstance(value, bool)
+        several = isinstance(value, list | tuple) and all(type(v) is int for v in value) and value
+        if name.startswith("_") or not (plain or several):
+            continue
+        if _NUMBER.search(name):
+            yield name, value, True
+        elif _WIDTH.search(name) and not _OTHER.search(name):
+            yield name, value, False
+
+
+def _renewed(value: Any, changes: Mapping[int, set[int]]) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_renewed(v, changes) for v in value)
+    new = changes.get(value, set())
+    return next(iter(new)) if len(new) == 1 else value
+
+
+def _shrunk(grid: np.ndarray, gone: np.ndarray) -> dict[int, tuple[int, int]]:
+    """How long a grid is along the dimensions that shrink: {dimension: (before, after)}."""
+    lost = np.where(grid >= 0, gone[grid], False)
+    changes: dict[int, tuple[int, int]] = {}
+    for d in range(grid.ndim):
+        whole = lost.all(axis=tuple(k for k in range(grid.ndim) if k != d))
+        if whole.any() and not whole.all():
+            changes[d] = (grid.shape[d], int((~whole).sum()))
+            lost = np.compress(~whole, lost, axis=d)
+    if lost.any():
+        stay = (~lost).sum(axis=-1)
+        if (stay == stay.flat[0]).all():
+            changes[grid.ndim - 1] = (grid.shape[-1], int(stay.flat[0]))
+    return changes
+
+
+# --- layers that are known ---------------------------------------------------------------------
+
+
+def layer_integers(module: nn.Module) -> dict[str, Any]:
+    """What a layer's integers must be, read from its tensors."""
+    known = next((f for kind, f in _LAYERS.items() if isinstance(module, kind)), None)
+    return known(module) if known else {}
+
+
+def _conv(conv: Any) -> dict[str, int]:
+    """`groups` follows the channels where a group reads or makes one; else it stays."""
+    rows, columns = conv.weight.shape[:2]
+    wide, each = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+    if conv.transposed:
+        groups = rows // wide if conv.groups > 1 else 1
+        return {"in_channels": rows, "out_channels": columns * groups, "groups": groups}
+    follows = conv.groups > 1 and (wide == 1 or each == 1)
+    groups = rows // each if follows else conv.groups
+    return {"in_channels": columns * groups, "out_channels": rows, "groups": groups}
+
+
+def _linear(linear: nn.Linear) -> dict[str, int]:
+    return {"in_features": linear.weight.shape[1], "out_features": linear.weight.shape[0]}
+
+
+def _norm(norm: Any) -> dict[str, int]:
+    known = norm.weight if norm.weight is not None else norm.running_mean
+    return {} if known is None else {"num_features": known.numel()}
+
+
+def _layer_norm(norm: Any) -> dict[str, Any]:
+    return {} if norm.weight is None else {"normalized_shape": tuple(norm.weight.shape)}
+
+
+def _group_norm(norm: nn.GroupNorm) -> dict[str, int]:
+    if norm.weight is None:
+        return {}
+    channels = norm.weight.numel()
+    apart = norm.num_groups == norm.num_channels  # each channel on its own
+    return {"num_channels": channels, "num_groups": channels if apart else norm.num_groups}
+
+
+def _prelu(prelu: nn.PReLU) -> dict[str, int]:
+    return {"num_parameters": prelu.weight.numel()}
+
+
+def _embedding(table: nn.Embedding) -> dict[str, int]:
+    return {"embedding_dim": table.weight.shape[1]}
+
+
+def _recurrent(rnn: nn.RNNBase) -> dict[str, int]:
+    own = dict(rnn.named_parameters(recurse=False))
+    reads, hidden = own.get("weight_ih_l0"), own.get("weight_hh_l0")
+    if reads is None or hidden is None:
+        return {}
+    return {"input_size": reads.shape[1], "hidden_size": hidden.shape[1]}
+
+
+_LAYERS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
+    nn.modules.conv._ConvNd: _conv,
+    nn.Linear: _linear,
+    nn.modules.batchnorm._BatchNorm: _norm,
+    nn.modules.instancenorm._InstanceNorm: _norm,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+    nn.PReLU: _prelu,
+    nn.Embedding: _embedding,
+    nn.RNNBase: _recurrent,
+}

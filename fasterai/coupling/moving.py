@@ -1,0 +1,314 @@
+"""Operations that move elements: they are called on the labels themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .labels import FIXED, Field, Tracer
+
+__all__ = ["concatenation", "indexing", "movement", "padding", "parting", "stacking"]
+
+
+def movement(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """View, permute, expand, roll, pixel shuffle, ...: call the operation on the labels.
+
+    Where a view lays the channels out in a grid, a cut has to leave a grid.
+    """
+    x, rest = args[0], args[1:]
+    fields = []
+    for f in t.of(x):
+        moved = _lay_out(func, f, x, rest, kwargs, out)
+        fields.append(_noted(t, f, moved, func))
+        if func in _VIEWS and _one_head(fields[-1], x, out):
+            t.grid(fields[-1].labels)
+    t.attach(out, fields)
+
+
+def _lay_out(
+    func: Any, f: Field, x: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
+) -> Tensor:
+    if func in _VIEWS or func in _RESHAPES:
+        quick = _reshaped(f, x.shape, out.shape)
+        return compact(_full(f, x).reshape(out.shape)) if quick is None else quick
+    if func in _PERMUTES:  # they do not care how long dimensions are
+        return func(f.labels, *rest, **kwargs)
+    return compact(func(_full(f, x), *rest, **kwargs))
+
+
+def _reshaped(f: Field, before: Sequence[int], after: Sequence[int]) -> Tensor | None:
+    """Labels that vary along one dimension, where a view keeps that whole or splits it."""
+    if len(f.dims) != 1:
+        return None
+    d = f.dims[0]
+    lead, size = math.prod(before[:d]), before[d]
+    k = 0
+    while k < len(after) and lead > 1 and lead % after[k] == 0 and after[k] > 0:
+        lead //= after[k]
+        k += 1
+    if lead > 1:
+        return None
+    m = k
+    while m < len(after) and size > 1 and after[m] > 0 and size % after[m] == 0:
+        size //= after[m]
+        m += 1
+    if size > 1:
+        return None
+    inside = list(after[k:m])
+    return f.labels.reshape([1] * k + inside + [1] * (len(after) - m))
+
+
+_VIEWS = {
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.reshape.default,
+}
+_RESHAPES = {
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.squeeze.default,
+    torch.ops.aten.squeeze.dim,
+    torch.ops.aten.squeeze.dims,
+}
+_PERMUTES = {
+    torch.ops.aten.permute.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.t.default,
+}
+
+
+def _one_head(f: Field | None, before: Tensor, after: Tensor) -> bool:
+    """Whether a view splits the channels into lines, of which there is one."""
+    if f is None or len(f.dims) != 1 or after.ndim <= before.ndim:
+        return False
+    return f.dims[0] > 0 and after.shape[f.dims[0] - 1] == 1
+
+
+def _full(f: Field, x: Tensor) -> Tensor:
+    return f.labels.expand(x.shape)
+
+
+def _noted(t: Tracer, f: Field, labels: Tensor, func: Any) -> Field | None:
+    """The field as it lies now; a new grid of it is noted, a single channel of it is pinned."""
+    after = sum(n > 1 for n in labels.shape)
+    if not after and f.dims:
+        t.pin([f], f"{func._schema.name.removeprefix('aten::')} picks one of its channels")
+        return None
+    if after > len(f.dims):
+        t.grid(labels)
+    return Field(labels, f.source)
+
+
+def compact(labels: Tensor) -> Tensor:
+    """Labels with size 1 along every dimension where they do not vary."""
+    for d in range(labels.ndim):
+        if labels.shape[d] > 1 and labels.stride(d) == 0:
+            labels = labels.narrow(d, 0, 1)
+    for d in range(labels.ndim):
+        if labels.shape[d] > 1:
+            first = labels.narrow(d, 0, 1)
+            if bool((labels.narrow(d, 1, 1) == first).all()) and bool((labels == first).all()):
+                labels = first
+    return labels
+
+
+def parting(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Slice, select, split, unbind: parts of the positions along one dimension.
+
+    Parts of equal size stay of equal size; else the dimension is kept whole.
+    """
+    x, rest = args[0], args[1:]
+    dim = _dimension(func, rest, kwargs, x.ndim)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    kept: list[list[Field | None]] = [[] for _ in outs]
+    for f in t.of(x):
+        if dim in f.dims and not _even(t, f, x, dim, outs, rest):
+            f = t.hold(f, [dim], f"{func._schema.name.removeprefix('aten::')} parts its channels")
+            if f is None:
+                continue
+        if dim not in f.dims:  # all parts have the same channels
+            labels = f.labels if outs[0].ndim == x.ndim else f.labels.squeeze(dim)
+            for fields in kept:
+                fields.append(Field(labels, f.source))
+            continue
+        moved = func(_full(f, x), *rest, **kwargs)
+        moved = [moved] if isinstance(moved, Tensor) else moved
+        for fields, labels in zip(kept, moved, strict=True):
+            fields.append(_noted(t, f, compact(labels), func))
+    for o, fields in zip(outs, kept, strict=True):
+        t.attach(o, fields)
+
+
+def _dimension(func: Any, rest: Sequence[Any], kwargs: Mapping[str, Any], ndim: int) -> int:
+    place = next(i for i, a in enumerate(func._schema.arguments) if a.name == "dim") - 1
+    dim = rest[place] if place < len(rest) else kwargs.get("dim", 0)
+    return dim % ndim
+
+
+def _even(t: Tracer, f: Field, x: Tensor, dim: int, outs: Sequence[Tensor], rest: Any) -> bool:
+    """Whether the parts are an even share of the channels; the grid they form is noted."""
+    if any(o.ndim != x.ndim for o in outs):  # one at a time: which one counts, all stay
+        return len(f.dims) > 1
+    size, length = x.shape[dim], outs[0].shape[dim]
+    if length == size:
+        return True
+    if any(o.shape[dim] != length for o in outs) or not length or size % length:
+        return False
+    step = 1
+    if len(outs) == 1:
+        _, start, _, step = (*rest, *(None,) * 4)[:4]
+        start, step = start or 0, step or 1
+        if (start % size) % length if step == 1 else step * length != size:
+            return False
+    shape = list(f.labels.shape)
+    if step > 1:
+        grid = f.labels.reshape(*shape[:dim], length, step, *shape[dim + 1 :]).transpose(
+            dim, dim + 1
+        )
+    else:
+        grid = f.labels.reshape(*shape[:dim], size // length, length, *shape[dim + 1 :])
+    t.grid(grid)
+    return True
+
+
+def concatenation(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Channels side by side keep their labels; maps side by side join theirs."""
+    parts = [x for x in args[0] if x.numel()]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    t.attach(out, [_side_by_side(t, parts, dim), *_one_behind_the_other(t, parts, dim)])
+
+
+def _side_by_side(t: Tracer, parts: Sequence[Tensor], dim: int) -> Field | None:
+    """What varies along the dimension of the concatenation."""
+    own = [t.along(x, dim) for x in parts]
+    if not any(own):
+        return None
+    pieces = []
+    for x, f in zip(parts, own, strict=True):
+        fixed = torch.full((1,) * x.ndim, FIXED)
+        pieces.append(f.labels if f else fixed.expand(*_only(dim, x)))
+    shape = torch.broadcast_shapes(*(_without(p.shape, dim) for p in pieces))
+    wide = [p.expand(*shape[:dim], p.shape[dim], *shape[dim + 1 :]) for p in pieces]
+    return Field(torch.cat(wide, dim))
+
+
+def _only(dim: int, x: Tensor) -> list[int]:
+    return [n if d == dim else 1 for d, n in enumerate(x.shape)]
+
+
+def _without(shape: Sequence[int], dim: int) -> list[int]:
+    return [1 if d == dim else n for d, n in enumerate(shape)]
+
+
+def _one_behind_the_other(t: Tracer, parts: Sequence[Tensor], dim: int) -> list[Field]:
+    """What varies along other dimensions only: it is joined, part by part."""
+    found: list[Field] = []
+    for d in range(parts[0].ndim):
+        here = [f for x in parts for f in t.of(x) if dim not in f.dims and d in f.dims]
+        if not here or any(d in f.dims for f in found):
+            continue
+        for other in here[1:]:
+            t.join(here[0].labels, other.labels)
+        first = max(here, key=lambda f: len(f.dims))
+        bare = [x for x in parts if not any(d in f.dims for f in t.of(x)) and x not in t.uniform]
+        if bare and parts[0].shape[d] > 1:
+            held = t.hold(first, [d], "cat with a tensor of fixed size")
+            if held is None:
+                continue
+            first = held
+        found.append(Field(first.labels))
+    return found
+
+
+def stacking(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Stack: like cat along a new dimension."""
+    parts = args[0]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    fields = []
+    for d in range(parts[0].ndim):
+        own = [t.along(x, d) for x in parts]
+        if not any(own) or any(d in f.dims for f in fields):
+            continue
+        pieces = [f.labels if f else _fixed(x, d) for f, x in zip(own, parts, strict=True)]
+        pieces = torch.broadcast_tensors(*pieces)
+        fields.append(Field(torch.stack(list(pieces), dim)))
+    for f in fields:
+        t.grid(f.labels)
+    t.attach(out, [Field(compact(f.labels)) for f in fields])
+
+
+def _fixed(x: Tensor, dim: int) -> Tensor:
+    return torch.full((1,) * x.ndim, FIXED).expand(*_only(dim, x))
+
+
+def padding(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """A constant around the elements: it belongs to no channel."""
+    x, pad = args[:2]
+    fields = []
+    for f in t.of(x):
+        ends = [0] * len(pad)
+        for k in range(len(pad)):  # two numbers a dimension, the last dimension first
+            if x.ndim - 1 - k // 2 in f.dims:
+                ends[k] = pad[k]
+        labels = torch.ops.aten.constant_pad_nd(f.labels, ends, FIXED) if any(ends) else f.labels
+        fields.append(Field(labels, f.source))
+    t.attach(out, fields)
+
+
+def indexing(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Index, gather, take along a dimension: by indices that are known, or across channels."""
+    x, rest = args[0], args[1:]
+    fields = []
+    for f in t.of(x):
+        try:
+            moved = func(_full(f, x), *_known(rest), **kwargs)
+        except _UnknownIndex:  # computed in the run: only along positions without labels
+            moved = _by_any_index(f, x, func, rest, kwargs)
+        if moved is None:
+            t.pin([f], f"{func._schema.name.removeprefix('aten::')} by computed indices")
+            continue
+        fields.append(_noted(t, f, compact(moved), func))
+    t.attach(out, fields)
+
+
+class _UnknownIndex(Exception):
+    pass
+
+
+def _known(rest: Sequence[Any]) -> list[Any]:
+    found = []
+    for r in rest:
+        if isinstance(r, list | tuple):
+            found.append(_known(r))
+        elif isinstance(r, Tensor):
+            if r.is_meta:
+                raise _UnknownIndex
+            found.append(r.cpu())
+        else:
+            found.append(r)
+    return found
+
+
+def _by_any_index(
+    f: Field, x: Tensor, func: Any, rest: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """The result by some indices, where any others would give the same labels."""
+    moved = func(_full(f, x), *_zeros(rest), **kwargs)
+    return moved if len(moved.unique()) == len(f.labels.unique()) else None
+
+
+def _zeros(rest: Sequence[Any]) -> list[Any]:
+    found: list[Any] = []
+    for r in rest:
+        if isinstance(r, list | tuple):
+            found.append(_zeros(r))
+        elif isinstance(r, Tensor):
+            found.append(
+                (torch.ones if r.dtype == torch.bool else torch.zeros)(r.shape, dtype=r.dtype)
+            )
+        else:
+            found.append(r)
+    return found

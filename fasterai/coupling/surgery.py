@@ -1,0 +1,151 @@
+"""Cut tensors in place and mend what modules remember of their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .labels import Dim
+from .mending import Mend, layer_integers
+
+__all__ = ["cut", "shadowed"]
+
+
+def cut(
+    model: nn.Module, kept: Mapping[Dim, Tensor], integers: Sequence[Mend] = ()
+) -> Callable[[], None]:
+    """Keep only these positions of these dimensions; returns a function that undoes it.
+
+    Parameters and buffers stay the same objects: their data is swapped under `no_grad`, so that
+    optimizers, tied weights and the last graph still hold them. Gradients are cleared. Layers'
+    integers (`out_channels`, `num_features`, ...) follow their tensors.
+
+    Args:
+        model: the network, changed in place.
+        kept: for each dimension to cut, the sorted positions that stay.
+        integers: further attributes to change, of modules around the layers.
+    """
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    smaller = {name: _smaller(tensors[name], cuts) for name, cuts in _by_parameter(kept).items()}
+    undo: list[Callable[[], None]] = []
+
+    def put_back() -> None:
+        for step in reversed(undo):
+            step()
+
+    try:
+        for name, data in smaller.items():
+            undo.append(_swap(tensors[name], data))
+        _mend(model, {id(tensors[name]) for name in smaller}, integers, undo)
+    except BaseException:  # an interrupt, too, must not leave half a cut
+        put_back()
+        raise
+    return put_back
+
+
+@contextmanager
+def shadowed(
+    model: nn.Module,
+    kept: Mapping[Dim, Tensor],
+    integers: Sequence[Mend] = (),
+    *,
+    shapes: bool = False,
+) -> Iterator[None]:
+    """A model as it would be after `cut`, with other tensors: its own are not touched.
+
+    Args:
+        model: the network, as before afterwards.
+        kept: see `cut`.
+        integers: see `cut`.
+        shapes: the other tensors have no numbers.
+    """
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    shadows: dict[int, Tensor] = {}
+    for name, cuts in _by_parameter(kept).items():
+        data = _outline(tensors[name], cuts) if shapes else _smaller(tensors[name], cuts)
+        is_parameter = isinstance(tensors[name], nn.Parameter)
+        shadows[id(tensors[name])] = nn.Parameter(data, False) if is_parameter else data
+    undo: list[Callable[[], None]] = []
+    try:
+        for module in model.modules():
+            for own in (module._parameters, module._buffers):
+                for name, tensor in own.items():
+                    if id(tensor) in shadows:
+                        own[name] = shadows[id(tensor)]
+                        undo.append(lambda o=own, n=name, t=tensor: o.update({n: t}))
+        _mend(model, {id(s) for s in shadows.values()}, integers, undo)
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def _by_parameter(kept: Mapping[Dim, Tensor]) -> dict[str, dict[int, Tensor]]:
+    cuts: dict[str, dict[int, Tensor]] = {}
+    for dim, index in kept.items():
+        cuts.setdefault(dim.parameter, {})[dim.dim] = index
+    return cuts
+
+
+def _outline(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
+    shape = [len(cuts[d]) if d in cuts else n for d, n in enumerate(tensor.shape)]
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+
+def _smaller(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
+    data = tensor.detach()
+    for dim, index in sorted(cuts.items()):
+        data = data.index_select(dim, index.to(data.device))
+    last = torch.channels_last
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
+        return data.contiguous(memory_format=last)
+    return data
+
+
+def _swap(tensor: Tensor, data: Tensor) -> Callable[[], None]:
+    before, gradient = tensor.detach(), tensor.grad
+    tensor.grad = None
+    with torch.no_grad():
+        tensor.set_(data)
+
+    def put_back() -> None:
+        with torch.no_grad():
+            tensor.set_(before)
+        tensor.grad = gradient
+
+    return put_back
+
+
+def _owners(model: nn.Module, ids: set[int]) -> list[nn.Module]:
+    """The modules that hold one of these tensors."""
+    return [
+        m
+        for m in model.modules()
+        if any(id(t) in ids for t in (*m._parameters.values(), *m._buffers.values()))
+    ]
+
+
+def _mend(
+    model: nn.Module, cut: set[int], integers: Sequence[Mend], undo: list[Callable[[], None]]
+) -> None:
+    """Let integers follow the tensors that were cut, noting how to undo it."""
+    owners = _owners(model, cut)
+    for module in owners:
+        if isinstance(module, nn.RNNBase):  # it keeps a list of its weights
+            weights = [getattr(module, name) for name in module._flat_weights_names]
+            undo.append(_set(module, "_flat_weights", weights))
+        for attribute, value in layer_integers(module).items():
+            undo.append(_set(module, attribute, value))
+    for module, attribute, value in integers:
+        if module not in owners or attribute not in layer_integers(module):
+            undo.append(_set(module, attribute, value))
+
+
+def _set(module: nn.Module, attribute: str, value: Any) -> Callable[[], None]:
+    old = module.__dict__[attribute]
+    module.__dict__[attribute] = value
+    return lambda: module.__dict__.update({attribute: old})
