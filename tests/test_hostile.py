@@ -74,7 +74,7 @@ def test_outputs_inside_an_object_are_outputs():
 
 
 def counted(s, x):
-    return x / x.shape[1] ** 0.5
+    return x - 0.1 * x.shape[1]
 
 
 HIDING = {

@@ -221,8 +221,7 @@ class Counting(nn.Module):
 
     def forward(self, x):
         x = F.relu(self.a(x))
-        x = F.relu(self.b(x)) * x.shape[1] ** 0.5
-        return self.c(x)
+        return self.c(F.relu(self.b(x)) + x.shape[1] ** 0.5)
 
 
 class Peeking(nn.Module):
@@ -235,6 +234,31 @@ class Peeking(nn.Module):
     def forward(self, x):
         x = F.relu(self.a(x))
         return self.c(F.relu(self.b(x))) * max(x.flatten().tolist())
+
+
+class Scaled(nn.Module):
+    """A factor that code derives from the number of channels, as in attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 8), conv(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        return self.b(x / x.shape[1] ** 0.5)
+
+
+def test_a_factor_that_follows_the_width_is_made_good():
+    model, x = make(Scaled), images()
+    sparse = copy.deepcopy(model)
+    with torch.no_grad():
+        for m in (model, sparse):
+            m.a.weight[[1, 4, 6]] = 0
+            m.a.bias[[1, 4, 6]] = 0
+    rows = model.a.weight[[0, 2, 3, 5, 7]]
+    Pruner(model, x).prune_model()
+    assert torch.allclose(model.a.weight, rows * (5 / 8) ** 0.5)
+    assert apart(sparse(images(3, seed=4)), model(images(3, seed=4))) < 1e-6
 
 
 @pytest.mark.parametrize("kind, stays", [(Fixed, "b"), (Counting, "a"), (Peeking, "a")])

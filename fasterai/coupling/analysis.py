@@ -33,6 +33,8 @@ class Analysis:
         pinned: for pinned classes, why.
         mixed: for classes that an operation mixes, which.
         grids: classes laid out in two or more dimensions, one for each grid of channels.
+        factors: classes of channels and the number with which they, or a product over them, are
+            multiplied in eval mode.
         read: classes that a layer was seen to read.
         roles: what each dimension of a parameter does.
         order: parameters in the order in which they made channels.
@@ -47,6 +49,7 @@ class Analysis:
     pinned: Mapping[int, str]
     mixed: Mapping[int, str]
     grids: tuple[np.ndarray, ...]
+    factors: tuple[tuple[np.ndarray, float], ...]
     read: np.ndarray
     roles: Mapping[Dim, str]
     order: tuple[str, ...]
@@ -105,6 +108,7 @@ def analyse(
         _pinned(classes, runs),
         _noted(classes, [note for run in runs for note in run.mixed]),
         tuple(grids.values()),
+        tuple((np.unique(classes[over.numpy()]), value) for over, value in runs[0].factors),
         _read(classes, runs),
         _roles(runs),
         order,

@@ -102,7 +102,7 @@ def _try(
 
     def attempt(groups: list[list[int]]) -> str | None:
         remove = {a: some[a] for group in groups for a in group}
-        return wiring(model, inputs, coupling, coupling.axes, remove, quick=True)
+        return wiring(model, inputs, coupling, coupling.axes, remove, quick=True)[0]
 
     failed: dict[int, str] = {}
     groups = _siblings(coupling, list(some))
@@ -197,7 +197,7 @@ def _tie_together(
     for a, axis, grid in zip(group, axes, grids, strict=True):
         lost = torch.from_numpy(grid[:, places // 2 :]).flatten()
         remove[a] = torch.isin(axis.classes, lost)
-    if wiring(model, inputs, coupling, coupling.axes, remove, quick=True) is not None:
+    if wiring(model, inputs, coupling, coupling.axes, remove, quick=True)[0] is not None:
         return False
     found.grids.extend(grids)
     found.ties.extend((int(grids[0][0, 0]), int(g[0, 0])) for g in grids[1:])

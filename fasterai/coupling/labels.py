@@ -65,6 +65,8 @@ class Run:
         meetings: pairs of label vectors that belong together, position by position.
         pins: labels that cannot be removed, and why.
         mixed: labels whose channels an operation mixes (a layer norm), and which.
+        factors: labels of channels and the number with which they, or a product over them, are
+            multiplied.
         grids: labels of channels that a view or an operation splits into a grid; a cut must
             leave a grid.
         roles: what parameters' positions do.
@@ -77,6 +79,7 @@ class Run:
     meetings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
+    factors: list[tuple[Tensor, float]] = field(default_factory=list)
     grids: list[Tensor] = field(default_factory=list)
     roles: set[tuple[Dim, str]] = field(default_factory=set)
     consumed: list[Tensor] = field(default_factory=list)
@@ -123,6 +126,7 @@ class Tracer(TorchDispatchMode):
         self.watch = watch
         self.parameters = {name for name, _ in model.named_parameters()}
         self.fields = WeakTensorKeyDictionary()
+        self.products = WeakTensorKeyDictionary()  # of two activations: the labels they were over
         self.uniform = WeakTensorKeyDictionary()  # constants made in the run, of one value
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
         for dim, known in labels.items():
@@ -188,6 +192,13 @@ class Tracer(TorchDispatchMode):
     def mix(self, f: Field, reason: str) -> None:
         """An operation computes across the channels of `f`, and depends on their number."""
         self.said.mixed.append((f.labels.reshape(-1), reason))
+
+    def factor(self, x: Tensor, value: float) -> None:
+        """`x` is multiplied with a number, which code may derive from a width."""
+        over = self.products.get(x)
+        if over is None:
+            over = next((f.labels.reshape(-1) for f in self.of(x) if f.dims), torch.zeros(0).long())
+        self.said.factors.append((over, value))
 
     def grid(self, labels: Tensor) -> None:
         """Channels are laid out in a grid, which has to stay one; it may have a single line."""

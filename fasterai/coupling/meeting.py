@@ -19,6 +19,7 @@ __all__ = [
     "embedding",
     "group_norm",
     "layer_norm",
+    "note_factor",
     "pointwise",
 ]
 
@@ -36,6 +37,7 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if any(not t.of(v) and _not_zero(v) for v in filled):
         for f in everything:
             t.mix(f, f"{name} writes a constant into its channels")
+    note_factor(t, name, args, result)
     role = SHIFT if name in ("add", "sub", "rsub") else SCALE if name == "mul" else FOLLOW
     computed = any(f.source is None for f in everything)
     if computed or len(operands) > 1:
@@ -54,6 +56,17 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         t.attach(result, met)
         return
     t.attach(result, [_held(t, f, operands, name) for f in met])
+
+
+def note_factor(t: Tracer, name: str, args: Any, result: Tensor) -> None:
+    """Remember what a product is multiplied with, and pass on that it is one."""
+    x, other = args[0], args[1] if len(args) > 1 else None
+    if isinstance(other, Tensor) and other.ndim == 0 and not other.is_meta and not t.of(other):
+        other = other.item()
+    if isinstance(x, Tensor) and name in ("mul", "div") and isinstance(other, int | float):
+        t.factor(x, other if name == "mul" else 1 / other)
+    if isinstance(x, Tensor) and x in t.products:
+        t.products[result] = t.products[x]
 
 
 def _not_zero(value: Any) -> bool:
@@ -104,7 +117,7 @@ def contraction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     da, db = a.ndim - 1, max(b.ndim - 2, 0)
     rows = [f for f in t.of(a) if da not in f.dims]
     columns = [f for f in t.of(b) if db not in f.dims]
-    _contract(t, a, da, b, db)
+    _contract(t, a, da, b, db, out)
     for f in (*rows, *columns):
         t.mark(f, PRODUCE)
     if out.ndim == 3:
@@ -129,7 +142,7 @@ def _batches(
     return rows, columns
 
 
-def _contract(t: Tracer, a: Tensor, da: int, b: Tensor, db: int) -> None:
+def _contract(t: Tracer, a: Tensor, da: int, b: Tensor, db: int, out: Tensor) -> None:
     left, right = t.along(a, da), t.along(b, db)
     t.mark(left, CONSUME)
     t.mark(right, CONSUME)
@@ -137,6 +150,8 @@ def _contract(t: Tracer, a: Tensor, da: int, b: Tensor, db: int) -> None:
         first = _line(t, left, da, a.ndim)
         second = _line(t, right, db, b.ndim)
         t.join(first, second)
+        if left.source is None and right.source is None:
+            t.products[out] = first.reshape(-1)
         if left.source is None:
             t.consume(a, left)
         if right.source is None:
@@ -274,6 +289,9 @@ def batch_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     channels = t.along(x, 1) if x.ndim > 1 else None
     for p, role in zip(args[1:5], (SCALE, SHIFT, FOLLOW, FOLLOW), strict=True):
         _affine(t, p, channels, 1, role, "normalised with or as a tensor of fixed size")
+    for f in t.of(x):
+        if 1 not in f.dims:  # weights that are standardised, say
+            t.mix(f, "normalised over channels: their statistics change with the number of them")
     t.attach(result, t.of(x))
 
 

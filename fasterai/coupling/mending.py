@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,10 @@ def mends(
             continue
         for name in {m for p in _parameters(grid, analysis.producers) for m in _around(p)}:
             for d, (old, new) in changes.items():
-                book = sizes if d == grid.ndim - 1 else numbers
-                book.setdefault(name, {}).setdefault(old, set()).add(new)
+                if d < grid.ndim - 1:
+                    numbers.setdefault(name, {}).setdefault(old, set()).add(new)
+            for old, new in _widths(grid.shape, changes):
+                sizes.setdefault(name, {}).setdefault(old, set()).add(new)
     found = []
     for name in rows.keys() | sizes.keys() | numbers.keys():
         for attribute, value, number in _integers(modules[name]):
@@ -124,6 +126,18 @@ def _shrunk(grid: np.ndarray, gone: np.ndarray) -> dict[int, tuple[int, int]]:
         if (stay == stay.flat[0]).all():
             changes[grid.ndim - 1] = (grid.shape[-1], int(stay.flat[0]))
     return changes
+
+
+def _widths(
+    shape: Sequence[int], changes: Mapping[int, tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """How wide lines of a grid, and lines of lines, are before and after."""
+    before = after = 1
+    for d in reversed(range(len(shape))):
+        old, new = changes.get(d, (shape[d], shape[d]))
+        before, after = before * old, after * new
+        if before != after:
+            yield before, after
 
 
 # --- layers that are known ---------------------------------------------------------------------

@@ -58,8 +58,8 @@ def _reshaped(f: Field, before: Sequence[int], after: Sequence[int]) -> Tensor |
         m += 1
     if size > 1:
         return None
-    inside = list(after[k:m])
-    return f.labels.reshape([1] * k + inside + [1] * (len(after) - m))
+    labels = f.labels.reshape([1] * k + list(after[k:m]) + [1] * (len(after) - m))
+    return compact(labels) if sum(n > 1 for n in after[k:m]) > 1 else labels
 
 
 _VIEWS = {

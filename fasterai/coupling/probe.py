@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import Inputs
-from .labels import Dim
+from .labels import PRODUCE, SHIFT, Dim
 from .mending import mends
-from .replay import replay
-from .surgery import cut, shadowed
+from .replay import Change, replay
+from .surgery import Cut, cut, shadowed
 from .units import Axis, Coupling
 
 __all__ = [
     "Removal",
     "broken",
+    "compensation",
     "cut_units",
+    "cutting",
     "gone",
     "left_alone",
     "positions_kept",
@@ -54,12 +57,27 @@ def positions_kept(
 
 
 def cut_units(
-    model: nn.Module, coupling: Coupling, axes: Sequence[Axis], remove: Removal
+    model: nn.Module,
+    coupling: Coupling,
+    axes: Sequence[Axis],
+    remove: Removal,
+    scales: Mapping[Dim, Tensor],
 ) -> Callable[[], None]:
     """Cut these units out of a network; returns a function that undoes it."""
+    return cut(model, cutting(model, coupling, axes, remove, scales))
+
+
+def cutting(
+    model: nn.Module,
+    coupling: Coupling,
+    axes: Sequence[Axis],
+    remove: Removal,
+    scales: Mapping[Dim, Tensor] = MappingProxyType({}),
+) -> Cut:
+    """How to cut these units out: positions, integers and factors."""
     kept = positions_kept(model, coupling, axes, remove)
     integers = mends(model, coupling.analysis, gone(coupling, axes, remove), kept)
-    return cut(model, kept, integers)
+    return Cut(kept, integers, scales)
 
 
 def wiring(
@@ -70,16 +88,52 @@ def wiring(
     remove: Removal,
     *,
     quick: bool = False,
-) -> str | None:
-    """Why these units cannot be cut, or None; tried without touching the model's tensors."""
-    kept = positions_kept(model, coupling, axes, remove)
-    integers = mends(model, coupling.analysis, gone(coupling, axes, remove), kept)
+) -> tuple[str | None, list[Change]]:
+    """Why these units cannot be cut, or None, tried without touching the model's tensors.
+
+    The second value tells which factors change with the cut; see `replay`.
+    """
+    plan = cutting(model, coupling, axes, remove)
     try:
-        with shadowed(model, kept, integers, shapes=coupling.analysis.shapes):
-            replay(model, inputs, coupling, kept, left_alone(axes, remove), quick=quick)
+        with shadowed(model, plan, shapes=coupling.analysis.shapes):
+            alone = left_alone(axes, remove)
+            return None, replay(model, inputs, coupling, plan.kept, alone, quick=quick)
     except Exception as error:  # whatever a cut network may raise
-        return broken(error)
-    return None
+        return broken(error), []
+
+
+def compensation(
+    coupling: Coupling, axes: Sequence[Axis], changes: Sequence[Change]
+) -> dict[Dim, Tensor]:
+    """What to multiply producers with, so that factors that change with the cut do not count.
+
+    A factor of a product over channels (of queries with keys) goes into one side of it: the last
+    layer that makes them, or, where one layer makes both, its last rows.
+    """
+    found: dict[Dim, Tensor] = {}
+    for classes, ratio in changes:
+        for axis in axes:
+            units = torch.isin(axis.classes, torch.from_numpy(classes))
+            if units.any():
+                for dim, index in _one_side(axis, units):
+                    size = coupling.analysis.sizes[dim]
+                    found.setdefault(dim, torch.ones(size, dtype=torch.float64))[index] /= ratio
+    return found
+
+
+def _one_side(axis: Axis, units: Tensor) -> list[tuple[Dim, Tensor]]:
+    """The last rows, and entries of the bias, that make these units."""
+    slots = [s for s in axis.having(PRODUCE) if units[s.unit].any()]
+    last = slots[-1]
+    found = []
+    for slot in (last, *(s for s in axis.having(SHIFT) if s.module == last.module)):
+        mine = units[slot.unit]
+        index, unit = slot.index[mine], slot.unit[mine]
+        if len(slots) == 1:  # one layer makes both sides
+            newest = torch.full((axis.size,), -1).scatter_reduce(0, unit, index, "amax")
+            index = newest[newest >= 0]
+        found.append((slot.dimension, index))
+    return found
 
 
 def broken(error: Exception) -> str:

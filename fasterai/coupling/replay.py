@@ -12,7 +12,9 @@ from .labels import Dim, Run
 from .run import run_labels
 from .units import Coupling
 
-__all__ = ["replay"]
+__all__ = ["Change", "replay"]
+
+Change = tuple[np.ndarray, float]  # classes of channels, and a ratio
 
 
 def replay(
@@ -23,7 +25,7 @@ def replay(
     alone: Sequence[int],
     *,
     quick: bool = False,
-) -> None:
+) -> list[Change]:
     """Run the labels through the smaller network: every meeting must agree as it did before.
 
     Args:
@@ -34,16 +36,39 @@ def replay(
         alone: classes of units left alone in their axis; a single channel broadcasts.
         quick: in eval mode only.
 
+    Returns:
+        By how much channels, or products over them, are multiplied more than before because code
+        derives a factor from their number, such as 1 / sqrt(d) in attention.
+
     Raises:
         RuntimeError: two channels meet that did not belong together, or one meets a fixed width.
     """
     labels = coupling.labels(model, kept)
     free = np.append(~coupling.pinned, False)  # FIXED, the last one, is not free
     free[list(alone)] = False
+    changed: list[Change] = []
     for training in (False, True)[: 1 + (coupling.analysis.trains and not quick)]:
         sized = inputs.at_least(2) if training else inputs
         shapes = coupling.analysis.shapes
-        _agree(run_labels(model, sized, labels, training=training, shapes=shapes), free)
+        said = run_labels(model, sized, labels, training=training, shapes=shapes)
+        _agree(said, free)
+        if not training:
+            changed = _changed(coupling.analysis.factors, said.factors)
+    return changed
+
+
+def _changed(
+    before: Sequence[tuple[np.ndarray, float]], after: Sequence[tuple[Tensor, float]]
+) -> list[Change]:
+    if len(before) != len(after):
+        return []
+    found: dict[int, Change] = {}
+    for (classes, old), (_, new) in zip(before, after, strict=True):
+        if old != new and old and new and len(classes):
+            first = int(classes[0])
+            ratio = found[first][1] if first in found else 1.0
+            found[first] = (classes, ratio * new / old)
+    return list(found.values())
 
 
 def _agree(said: Run, free: np.ndarray) -> None:

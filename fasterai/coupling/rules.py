@@ -23,6 +23,7 @@ from .meeting import (
     embedding,
     group_norm,
     layer_norm,
+    note_factor,
     pointwise,
 )
 from .moving import concatenation, indexing, movement, padding, parting, stacking
@@ -40,7 +41,7 @@ def follow(
     name = func._schema.name.removeprefix("aten::")
     operands = [x for x in tensors_in((args, dict(kwargs))) if t.of(x)]
     if not operands:
-        return _note_uniform(t, name, args, out)
+        return _unlabelled(t, name, func, args, out)
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
     if rule is None and _is_pointwise(func, name):
         rule = pointwise
@@ -52,6 +53,13 @@ def follow(
     except Exception:  # arguments that the rule did not expect; the network itself ran well
         unknown(t, func, args, kwargs, out)
     return _note_uniform(t, name, args, out)
+
+
+def _unlabelled(t: Tracer, name: str, func: Any, args: tuple[Any, ...], out: Any) -> None:
+    """Products of channels and constants carry no labels."""
+    if args and isinstance(args[0], Tensor) and args[0] in t.products and isinstance(out, Tensor):
+        note_factor(t, name.removesuffix("_"), args, out)
+    _note_uniform(t, name, args, out)
 
 
 def _note_uniform(t: Tracer, name: str, args: tuple[Any, ...], out: Any) -> None:

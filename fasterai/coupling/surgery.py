@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,13 +13,26 @@ from torch import Tensor, nn
 from .labels import Dim
 from .mending import Mend, layer_integers
 
-__all__ = ["cut", "shadowed"]
+__all__ = ["Cut", "cut", "shadowed"]
 
 
-def cut(
-    model: nn.Module, kept: Mapping[Dim, Tensor], integers: Sequence[Mend] = ()
-) -> Callable[[], None]:
-    """Keep only these positions of these dimensions; returns a function that undoes it.
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What to do to a network's tensors.
+
+    Args:
+        kept: for each dimension to cut, the sorted positions that stay.
+        integers: attributes to change, of modules around the layers.
+        scales: factors along dimensions, one for each position before the cut.
+    """
+
+    kept: Mapping[Dim, Tensor]
+    integers: Sequence[Mend] = ()
+    scales: Mapping[Dim, Tensor] = field(default_factory=dict)
+
+
+def cut(model: nn.Module, plan: Cut) -> Callable[[], None]:
+    """Carry out a cut; returns a function that undoes it.
 
     Parameters and buffers stay the same objects: their data is swapped under `no_grad`, so that
     optimizers, tied weights and the last graph still hold them. Gradients are cleared. Layers'
@@ -26,11 +40,10 @@ def cut(
 
     Args:
         model: the network, changed in place.
-        kept: for each dimension to cut, the sorted positions that stay.
-        integers: further attributes to change, of modules around the layers.
+        plan: what stays.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    smaller = {name: _smaller(tensors[name], cuts) for name, cuts in _by_parameter(kept).items()}
+    smaller = {name: _smaller(tensors[name], *how) for name, how in _by_parameter(plan).items()}
     undo: list[Callable[[], None]] = []
 
     def put_back() -> None:
@@ -40,7 +53,7 @@ def cut(
     try:
         for name, data in smaller.items():
             undo.append(_swap(tensors[name], data))
-        _mend(model, {id(tensors[name]) for name in smaller}, integers, undo)
+        _mend(model, {id(tensors[name]) for name in smaller}, plan.integers, undo)
     except BaseException:  # an interrupt, too, must not leave half a cut
         put_back()
         raise
@@ -48,25 +61,18 @@ def cut(
 
 
 @contextmanager
-def shadowed(
-    model: nn.Module,
-    kept: Mapping[Dim, Tensor],
-    integers: Sequence[Mend] = (),
-    *,
-    shapes: bool = False,
-) -> Iterator[None]:
+def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[None]:
     """A model as it would be after `cut`, with other tensors: its own are not touched.
 
     Args:
         model: the network, as before afterwards.
-        kept: see `cut`.
-        integers: see `cut`.
+        plan: what stays.
         shapes: the other tensors have no numbers.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     shadows: dict[int, Tensor] = {}
-    for name, cuts in _by_parameter(kept).items():
-        data = _outline(tensors[name], cuts) if shapes else _smaller(tensors[name], cuts)
+    for name, (cuts, scales) in _by_parameter(plan).items():
+        data = _outline(tensors[name], cuts) if shapes else _smaller(tensors[name], cuts, scales)
         is_parameter = isinstance(tensors[name], nn.Parameter)
         shadows[id(tensors[name])] = nn.Parameter(data, False) if is_parameter else data
     undo: list[Callable[[], None]] = []
@@ -77,27 +83,34 @@ def shadowed(
                     if id(tensor) in shadows:
                         own[name] = shadows[id(tensor)]
                         undo.append(lambda o=own, n=name, t=tensor: o.update({n: t}))
-        _mend(model, {id(s) for s in shadows.values()}, integers, undo)
+        _mend(model, {id(s) for s in shadows.values()}, plan.integers, undo)
         yield
     finally:
         for step in reversed(undo):
             step()
 
 
-def _by_parameter(kept: Mapping[Dim, Tensor]) -> dict[str, dict[int, Tensor]]:
-    cuts: dict[str, dict[int, Tensor]] = {}
-    for dim, index in kept.items():
-        cuts.setdefault(dim.parameter, {})[dim.dim] = index
-    return cuts
+_ByDim = dict[int, Tensor]
 
 
-def _outline(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
+def _by_parameter(plan: Cut) -> dict[str, tuple[_ByDim, _ByDim]]:
+    found: dict[str, tuple[_ByDim, _ByDim]] = {}
+    for place, given in enumerate((plan.kept, plan.scales)):
+        for dim, value in given.items():
+            found.setdefault(dim.parameter, ({}, {}))[place][dim.dim] = value
+    return found
+
+
+def _outline(tensor: Tensor, cuts: _ByDim) -> Tensor:
     shape = [len(cuts[d]) if d in cuts else n for d, n in enumerate(tensor.shape)]
     return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
-def _smaller(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
+def _smaller(tensor: Tensor, cuts: _ByDim, scales: _ByDim) -> Tensor:
     data = tensor.detach()
+    for dim, scale in scales.items():
+        shape = [-1 if d == dim else 1 for d in range(data.ndim)]
+        data = (data * scale.to(data.device).view(shape)).to(data.dtype)
     for dim, index in sorted(cuts.items()):
         data = data.index_select(dim, index.to(data.device))
     last = torch.channels_last

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +28,13 @@ __all__ = ["Pruner"]
 
 @dataclass(frozen=True)
 class _Decision:
-    """Units to remove; why others stay; whether any was to go; how far the outputs are apart."""
+    """Units to remove, why others stay, whether any was to go, and how the trial of it went."""
 
     remove: Removal
     stay: list[Stay]
     wanted: bool
     apart: Differences | None
+    scales: Mapping[Dim, Tensor]
 
 
 class Pruner:
@@ -106,7 +107,7 @@ class Pruner:
         limits = Limits(min_keep, round_to)
         decision = self._decide(sparsity, context, criteria, limits, verify)
         plan = make_plan(self.model, self._coupling, self._axes, decision.remove)
-        cut_units(self.model, self._coupling, self._axes, decision.remove)
+        cut_units(self.model, self._coupling, self._axes, decision.remove, decision.scales)
         self.plan, self._stay = plan, decision.stay
         apart = decision.apart if plan.removed else Differences(0.0, 0.0, True)
         self.max_abs_diff = apart.absolute if apart else None
@@ -187,7 +188,8 @@ class Pruner:
         for a, reason in trial.failed.items():
             units = wanted[a].nonzero().flatten().tolist()
             stay.extend((self._axes[a].name, u, reason) for u in units)
-        return _Decision(remove, stay, any(bool(u.any()) for u in wanted.values()), trial.apart)
+        asked = any(bool(u.any()) for u in wanted.values())
+        return _Decision(remove, stay, asked, trial.apart, trial.scales if remove else {})
 
     def _why_nothing(self, exact: bool, wanted: bool) -> str:
         if not exact and not wanted and any(len(a.free) for a in self._axes):

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..coupling.inputs import Inputs
-from ..coupling.mending import mends
-from ..coupling.probe import Removal, broken, gone, left_alone, positions_kept, settle, wiring
+from ..coupling.labels import Dim
+from ..coupling.probe import (
+    Removal,
+    broken,
+    compensation,
+    cutting,
+    gone,
+    left_alone,
+    settle,
+    wiring,
+)
 from ..coupling.surgery import shadowed
 from ..coupling.units import Axis, Coupling
 from .check import Differences, Observation, alike, differences, observe
@@ -28,6 +37,7 @@ class Trial:
     Attributes:
         failed: why axes could not be cut, by their place in the list of all.
         apart: how far the outputs were apart in the last trial that went well.
+        scales: what producers are multiplied with in it, as factors follow their number.
     """
 
     def __init__(
@@ -45,6 +55,7 @@ class Trial:
         self.exact, self.verify = exact, verify
         self.failed: dict[int, str] = {}
         self.apart: Differences | None = None
+        self.scales: dict[Dim, Tensor] = {}
         self._dense: Observation | None = None
 
     def settle(self, wanted: Removal) -> Removal:
@@ -68,24 +79,26 @@ class Trial:
 
     def _attempt(self, remove: Removal) -> str | None:
         """Why this cannot be cut, or None."""
-        where = self.model, self.coupling, self.axes, remove
-        reason = wiring(self.model, self.inputs, *where[1:])
-        compare = self.verify and (self.exact or all(self.axes[a].mixed is None for a in remove))
-        if reason is not None or not compare:
+        where = self.coupling, self.axes, remove
+        reason, changes = wiring(self.model, self.inputs, *where)
+        if reason is not None:
             return reason
-        before, lost = self._expected(remove), gone(self.coupling, self.axes, remove)
-        kept = positions_kept(*where)
-        try:
-            with shadowed(self.model, kept, mends(self.model, self.coupling.analysis, lost, kept)):
-                after = observe(self.model, self.inputs, self.coupling, kept)
-            apart = differences(before.outputs, after.outputs)
-        except Exception as error:  # whatever a cut network may raise
-            return broken(error)
-        if not apart.small:
-            return f"cutting it changes the outputs by {apart.relative:.2g} of the largest"
-        if not self._same(remove, before.peaks, after.peaks):
-            return "cutting it changes what arrives at other layers"
-        self.apart = apart
+        scales = compensation(self.coupling, self.axes, changes)
+        apart = None
+        if self.verify and (self.exact or all(self.axes[a].mixed is None for a in remove)):
+            before, plan = self._expected(remove), cutting(self.model, *where, scales)
+            try:
+                with shadowed(self.model, plan):
+                    after = observe(self.model, self.inputs, self.coupling, plan.kept)
+                apart = differences(before.outputs, after.outputs)
+            except Exception as error:  # whatever a cut network may raise
+                return broken(error)
+            if not apart.small:
+                return f"cutting it changes the outputs by {apart.relative:.2g} of the largest"
+            scaled = [int(c) for classes, _ in changes for c in classes]
+            if not self._same(remove, scaled, before.peaks, after.peaks):
+                return "cutting it changes what arrives at other layers"
+        self.apart, self.scales = apart or self.apart, scales
         return None
 
     def _expected(self, remove: Removal) -> Observation:
@@ -97,9 +110,13 @@ class Trial:
             self._dense = observe(self.model, self.inputs, self.coupling)
         return self._dense
 
-    def _same(self, remove: Removal, before: torch.Tensor, after: torch.Tensor) -> bool:
+    def _same(
+        self, remove: Removal, scaled: Sequence[int], before: Tensor, after: Tensor
+    ) -> bool:
         """Whether the channels that stay arrive as before; outputs may hide a small branch."""
         stays = torch.from_numpy(~gone(self.coupling, self.axes, remove))
         stays[left_alone(self.axes, remove)] = False  # a single channel carries no label
+        stays[list(scaled)] = False
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
-        return alike(before[stays], after[stays], dtype)
+        channels = (x.classes[stays[x.classes]] for x in self.axes)
+        return all(alike(before[c], after[c], dtype) for c in channels)
