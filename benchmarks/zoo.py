@@ -88,6 +88,8 @@ def torchvision(name):
     known = {"weights": None}
     if "detection" in module or "segmentation" in module:
         known["weights_backbone"] = None
+    if "detection" in module and "ssd" not in name:
+        known |= {"min_size": 128, "max_size": 160}
     if name in ("googlenet", "inception_v3"):
         known["init_weights"] = False
     model = models.get_model(name, **known)
@@ -127,7 +129,7 @@ def detection_targets(n):
     return [dict(one) for _ in range(n)]
 
 
-SMALL = """test_ atto femto pico nano xxs xx_small _n_ tiny xs x_small mini
+SMALL = """test_ atto femto pico nano xxs xx_small _n_ tiny _t xs x_small mini
     small _s_ lite 050 018 18
     t0 b0 _0"""
 
@@ -157,15 +159,24 @@ def timm(name):
     model = lib.create_model(name, pretrained=False)
     config = model.default_cfg
     channels, size, _ = config["input_size"]
-    if not config.get("fixed_input_size") and size > 128:
-        small = max(128, *(config.get("min_input_size") or (0,))[1:] or (0,))
+    if size > 128:
+        size = _smaller(model, config, channels) or size
+    return model, images(channels, size, size)
+
+
+def _smaller(model, config, channels):
+    """A smaller image that the network takes, if any."""
+    smallest = (config.get("min_input_size") or (3, 0, 0))[1]
+    if config.get("fixed_input_size"):
+        return None
+    for size in sorted({max(128, smallest), max(224, smallest)}):
         try:
             with torch.no_grad():
-                model.eval()(torch.randn(1, channels, small, small))
-            size = small
+                model.eval()(torch.randn(1, channels, size, size))
+            return size
         except Exception:
-            pass
-    return model, images(channels, size, size)
+            continue
+    return None
 
 
 TRANSFORMERS = [

@@ -121,7 +121,11 @@ def analyse(
 def _evaluate(
     model: nn.Module, inputs: Inputs, labels: Mapping[Dim, Tensor], shapes: bool
 ) -> tuple[Run, bool]:
-    """A run in eval mode, and whether shapes were enough for it."""
+    """A run in eval mode, and whether shapes were enough for it.
+
+    At least two samples show what is a batch and what is a single head.
+    """
+    inputs = inputs.at_least(2)
     if shapes:
         try:
             return run_labels(model, inputs, labels), True

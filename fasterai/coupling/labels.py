@@ -57,6 +57,28 @@ class Field:
         return tuple(d for d, n in enumerate(self.labels.shape) if n > 1)
 
 
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """What arrives at a layer that reads channels.
+
+    Args:
+        labels: (K,) the channel at each position that is read.
+        low: (K,) the smallest value there; `high` the largest.
+        moving: (K,) bool, whether anything but zero weights made the channel.
+        reader: the dimension of the weight that reads them; None where something else does.
+        padded: zeros beside the map are read with it.
+        biased: a bias is added to what the layer makes.
+    """
+
+    labels: Tensor
+    low: Tensor
+    high: Tensor
+    moving: Tensor
+    reader: Dim | None = None
+    padded: bool = False
+    biased: bool = False
+
+
 @dataclass
 class Run:
     """What one run said: meetings, pins, roles, and how channels were laid out.
@@ -71,7 +93,9 @@ class Run:
             leave a grid.
         roles: what parameters' positions do.
         consumed: labels that a next layer reads.
-        peaks: labels and the largest magnitude with which they arrive there.
+        arrivals: what arrives there, where numbers are watched.
+        followed: weights whose output goes through a batch norm, and its running mean.
+        used: how many operations use the output of a weight.
         order: parameters in the order in which they made channels.
         outputs: labels of the network's outputs.
     """
@@ -83,7 +107,9 @@ class Run:
     grids: list[Tensor] = field(default_factory=list)
     roles: set[tuple[Dim, str]] = field(default_factory=set)
     consumed: list[Tensor] = field(default_factory=list)
-    peaks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    arrivals: list[Arrival] = field(default_factory=list)
+    followed: dict[str, str] = field(default_factory=dict)
+    used: dict[str, int] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
 
@@ -108,7 +134,7 @@ class Tracer(TorchDispatchMode):
         labels: for each dimension, the labels of its positions.
         follow: passes labels through an operation: (tracer, operation, args, kwargs, result).
         engine: executes the operations; see `shapes`.
-        watch: note the largest magnitude with which each channel arrives at its consumers.
+        watch: note with what values each channel arrives at its consumers.
     """
 
     def __init__(
@@ -126,6 +152,9 @@ class Tracer(TorchDispatchMode):
         self.watch = watch
         self.parameters = {name for name, _ in model.named_parameters()}
         self.fields = WeakTensorKeyDictionary()
+        self.total = 1 + max((int(k.max()) for k in labels.values() if len(k)), default=0)
+        self.moving = WeakTensorKeyDictionary()  # (labels,) bool: channels that zeros did not make
+        self.made = WeakTensorKeyDictionary()  # by a layer: the name of its weight
         self.products = WeakTensorKeyDictionary()  # of two activations: the labels they were over
         self.uniform = WeakTensorKeyDictionary()  # constants made in the run, of one value
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
@@ -216,10 +245,49 @@ class Tracer(TorchDispatchMode):
                 self.said.order.append(f.source.parameter)
         self.said.roles.add((f.source, role))
 
-    def consume(self, x: Tensor, seen: Field) -> None:
-        """The channels of `x` labelled by `seen` are read by a next layer."""
-        self.said.consumed.append(seen.labels.reshape(-1))
+    def produce(self, out: Tensor, weight: Tensor, rows: Field | None) -> None:
+        """A layer made `out` with `weight`, whose rows are its channels."""
+        self.mark(rows, PRODUCE)
+        if self.watch and rows is not None and rows.source is not None:
+            others = [d for d in range(weight.ndim) if d not in rows.dims]
+            alive = (weight != 0).any(others) if others else weight != 0
+            moving = self.moving.get(out)
+            moving = torch.zeros(self.total, dtype=torch.bool) if moving is None else moving
+            moving[rows.labels.reshape(-1)[alive.reshape(-1).cpu()]] = True
+            self.moving[out] = moving
+            self.made[out] = rows.source.parameter
+
+    def watch_moving(self, operands: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        """Pass on which channels something else than zero weights has made."""
+        for x in operands:
+            if x in self.made:
+                name = self.made[x]
+                self.said.used[name] = self.said.used.get(name, 0) + 1
+        known = [self.moving[x] for x in operands if x in self.moving]
+        for out in outs:
+            if known and out not in self.made:
+                moving = known[0]
+                for other in known[1:]:
+                    moving = moving | other
+                self.moving[out] = moving
+
+    def consume(
+        self,
+        x: Tensor,
+        seen: Field,
+        reader: Field | None = None,
+        *,
+        padded: bool = False,
+        biased: bool = False,
+    ) -> None:
+        """The channels of `x` labelled by `seen` are read by a next layer; see `Arrival`."""
+        labels = seen.labels.reshape(-1)
+        self.said.consumed.append(labels)
         if self.watch and x.numel():
             others = [d for d in range(x.ndim) if d not in seen.dims]
-            peak = x.abs().amax(dim=others) if others else x.abs()
-            self.said.peaks.append((seen.labels.reshape(-1), peak.flatten().double().cpu()))
+            low, high = (x.amin(others), x.amax(others)) if others else (x, x)
+            low, high = (v.flatten().double().cpu() for v in (low, high))
+            known = self.moving.get(x)
+            moving = torch.ones_like(labels, dtype=torch.bool) if known is None else known[labels]
+            source = reader.source if reader is not None else None
+            self.said.arrivals.append(Arrival(labels, low, high, moving, source, padded, biased))

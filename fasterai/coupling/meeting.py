@@ -117,9 +117,10 @@ def contraction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     da, db = a.ndim - 1, max(b.ndim - 2, 0)
     rows = [f for f in t.of(a) if da not in f.dims]
     columns = [f for f in t.of(b) if db not in f.dims]
-    _contract(t, a, da, b, db, out)
-    for f in (*rows, *columns):
-        t.mark(f, PRODUCE)
+    _contract(t, a, da, b, db, out, biased=bias is not None)
+    for x, made in ((a, rows), (b, columns)):
+        for f in made:
+            t.produce(out, x, f)
     if out.ndim == 3:
         rows, columns = _batches(t, rows, a, columns, b)
     made = [Field(f.labels if a.ndim == b.ndim else f.labels.reshape(-1)) for f in rows + columns]
@@ -142,7 +143,9 @@ def _batches(
     return rows, columns
 
 
-def _contract(t: Tracer, a: Tensor, da: int, b: Tensor, db: int, out: Tensor) -> None:
+def _contract(
+    t: Tracer, a: Tensor, da: int, b: Tensor, db: int, out: Tensor, *, biased: bool
+) -> None:
     left, right = t.along(a, da), t.along(b, db)
     t.mark(left, CONSUME)
     t.mark(right, CONSUME)
@@ -153,9 +156,9 @@ def _contract(t: Tracer, a: Tensor, da: int, b: Tensor, db: int, out: Tensor) ->
         if left.source is None and right.source is None:
             t.products[out] = first.reshape(-1)
         if left.source is None:
-            t.consume(a, left)
+            t.consume(a, left, right, biased=biased)
         if right.source is None:
-            t.consume(b, right)
+            t.consume(b, right, left, biased=biased)
     elif a.shape[da] > 1:
         reason = "multiplied with a tensor of fixed size or the network's input"
         for x, f, d in ((a, left, da), (b, right, db)):
@@ -177,18 +180,27 @@ def _line(t: Tracer, f: Field, dim: int, ndim: int) -> Tensor:
 def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Any dimension, plain, transposed, grouped and depthwise."""
     x, weight, bias = args[:3]
-    _convolve(t, x, weight, bias, args[8], out, transposed=args[6])
+    padded = args[6] or any(args[4])  # a transposed one reads borders in ways of its own
+    _convolve(t, x, weight, bias, args[8], out, transposed=args[6], padded=padded)
 
 
 def deformable(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Torchvision's deform_conv2d: offsets and mask are of fixed size."""
     x, weight, offset, mask, bias = args[:5]
     t.pin([*t.of(offset), *t.of(mask)], "offsets or mask of a deformable convolution")
-    _convolve(t, x, weight, bias, args[11], out, transposed=False)
+    _convolve(t, x, weight, bias, args[11], out, transposed=False, padded=True)
 
 
 def _convolve(
-    t: Tracer, x: Tensor, weight: Tensor, bias: Any, groups: int, out: Tensor, *, transposed: bool
+    t: Tracer,
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    groups: int,
+    out: Tensor,
+    *,
+    transposed: bool,
+    padded: bool,
 ) -> None:
     t.pin([f for f in t.of(weight) if set(f.dims) - {0, 1}], "spatial size of a kernel")
     read = None
@@ -199,9 +211,9 @@ def _convolve(
             t.pin([f], "batch or positions of a convolution")
     of_in, of_out = (0, 1) if transposed else (1, 0)
     made = t.along(weight, of_out)
+    t.produce(out, weight, made)
     if groups == 1:
-        t.mark(made, PRODUCE)
-        _meet(t, x, read, weight, of_in)
+        _meet(t, x, read, weight, of_in, padded=padded, biased=bias is not None)
     else:
         made = _grouped(t, x, read, weight, groups, transposed)
     labels = made and Field(_along(made.labels.reshape(-1), 1, out.ndim))
@@ -210,13 +222,22 @@ def _convolve(
         _affine(t, bias, labels, 1, SHIFT, "a bias of fixed size")
 
 
-def _meet(t: Tracer, x: Tensor, read: Field | None, weight: Tensor, dim: int) -> None:
+def _meet(
+    t: Tracer,
+    x: Tensor,
+    read: Field | None,
+    weight: Tensor,
+    dim: int,
+    *,
+    padded: bool,
+    biased: bool,
+) -> None:
     """What the input carries meets the weight's columns."""
     columns = t.along(weight, dim)
     t.mark(columns, CONSUME)
     if read is not None and columns is not None:
         t.join(read.labels.reshape(-1), columns.labels.reshape(-1))
-        t.consume(x, read)
+        t.consume(x, read, columns, padded=padded, biased=biased)
     elif x.shape[1] > 1:
         t.pin([read, columns], "multiplied with a tensor of fixed size or the network's input")
 
@@ -276,7 +297,7 @@ def embedding(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     table, result = args[0], out if isinstance(out, Tensor) else out[0]
     columns = t.along(table, 1)
     t.pin([t.along(table, 0)], "rows of an embedding")
-    t.mark(columns, PRODUCE)
+    t.produce(result, table, columns)
     t.attach(result, [columns and Field(_along(columns.labels.reshape(-1), -1, result.ndim))])
 
 
@@ -289,10 +310,18 @@ def batch_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     channels = t.along(x, 1) if x.ndim > 1 else None
     for p, role in zip(args[1:5], (SCALE, SHIFT, FOLLOW, FOLLOW), strict=True):
         _affine(t, p, channels, 1, role, "normalised with or as a tensor of fixed size")
+    _note_followed(t, x, args[3])
     for f in t.of(x):
         if 1 not in f.dims:  # weights that are standardised, say
             t.mix(f, "normalised over channels: their statistics change with the number of them")
     t.attach(result, t.of(x))
+
+
+def _note_followed(t: Tracer, x: Tensor, mean: Any) -> None:
+    """A norm that is all that follows a layer can take over a bias, in its running mean."""
+    known = t.along(mean, 0) if isinstance(mean, Tensor) else None
+    if x in t.made and known is not None and known.source is not None:
+        t.said.followed[t.made[x]] = known.source.parameter
 
 
 def _affine(t: Tracer, p: Any, f: Field | None, dim: int, role: str, reason: str) -> None:

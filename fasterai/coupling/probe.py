@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,14 +13,13 @@ from .inputs import Inputs
 from .labels import PRODUCE, SHIFT, Dim
 from .mending import mends
 from .replay import Change, replay
-from .surgery import Cut, cut, shadowed
+from .surgery import Cut, shadowed
 from .units import Axis, Coupling
 
 __all__ = [
     "Removal",
     "broken",
     "compensation",
-    "cut_units",
     "cutting",
     "gone",
     "left_alone",
@@ -56,28 +54,17 @@ def positions_kept(
     return stays
 
 
-def cut_units(
-    model: nn.Module,
-    coupling: Coupling,
-    axes: Sequence[Axis],
-    remove: Removal,
-    scales: Mapping[Dim, Tensor],
-) -> Callable[[], None]:
-    """Cut these units out of a network; returns a function that undoes it."""
-    return cut(model, cutting(model, coupling, axes, remove, scales))
-
-
 def cutting(
     model: nn.Module,
     coupling: Coupling,
     axes: Sequence[Axis],
     remove: Removal,
-    scales: Mapping[Dim, Tensor] = MappingProxyType({}),
+    **extras: Any,
 ) -> Cut:
-    """How to cut these units out: positions, integers and factors."""
+    """How to cut these units out: positions and integers; `extras` as in `Cut`."""
     kept = positions_kept(model, coupling, axes, remove)
     integers = mends(model, coupling.analysis, gone(coupling, axes, remove), kept)
-    return Cut(kept, integers, scales)
+    return Cut(kept, integers, **extras)
 
 
 def wiring(

@@ -48,7 +48,7 @@ def replay(
     free[list(alone)] = False
     changed: list[Change] = []
     for training in (False, True)[: 1 + (coupling.analysis.trains and not quick)]:
-        sized = inputs.at_least(2) if training else inputs
+        sized = inputs.at_least(2)
         shapes = coupling.analysis.shapes
         said = run_labels(model, sized, labels, training=training, shapes=shapes)
         _agree(said, free)

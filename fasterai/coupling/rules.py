@@ -52,6 +52,8 @@ def follow(
         rule(t, func, args, kwargs, out)
     except Exception:  # arguments that the rule did not expect; the network itself ran well
         unknown(t, func, args, kwargs, out)
+    if t.watch:
+        t.watch_moving(operands, tensors_in(out))
     return _note_uniform(t, name, args, out)
 
 

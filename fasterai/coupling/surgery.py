@@ -24,11 +24,13 @@ class Cut:
         kept: for each dimension to cut, the sorted positions that stay.
         integers: attributes to change, of modules around the layers.
         scales: factors along dimensions, one for each position before the cut.
+        added: parameter or buffer name -> what is added to it before the cut.
     """
 
     kept: Mapping[Dim, Tensor]
     integers: Sequence[Mend] = ()
     scales: Mapping[Dim, Tensor] = field(default_factory=dict)
+    added: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def cut(model: nn.Module, plan: Cut) -> Callable[[], None]:
@@ -43,7 +45,10 @@ def cut(model: nn.Module, plan: Cut) -> Callable[[], None]:
         plan: what stays.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    smaller = {name: _smaller(tensors[name], *how) for name, how in _by_parameter(plan).items()}
+    smaller = {
+        name: _smaller(tensors[name], plan.added.get(name), *how)
+        for name, how in _by_parameter(plan).items()
+    }
     undo: list[Callable[[], None]] = []
 
     def put_back() -> None:
@@ -72,7 +77,10 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     shadows: dict[int, Tensor] = {}
     for name, (cuts, scales) in _by_parameter(plan).items():
-        data = _outline(tensors[name], cuts) if shapes else _smaller(tensors[name], cuts, scales)
+        if shapes:
+            data = _outline(tensors[name], cuts)
+        else:
+            data = _smaller(tensors[name], plan.added.get(name), cuts, scales)
         is_parameter = isinstance(tensors[name], nn.Parameter)
         shadows[id(tensors[name])] = nn.Parameter(data, False) if is_parameter else data
     undo: list[Callable[[], None]] = []
@@ -98,6 +106,8 @@ def _by_parameter(plan: Cut) -> dict[str, tuple[_ByDim, _ByDim]]:
     for place, given in enumerate((plan.kept, plan.scales)):
         for dim, value in given.items():
             found.setdefault(dim.parameter, ({}, {}))[place][dim.dim] = value
+    for name in plan.added:
+        found.setdefault(name, ({}, {}))
     return found
 
 
@@ -106,8 +116,10 @@ def _outline(tensor: Tensor, cuts: _ByDim) -> Tensor:
     return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
-def _smaller(tensor: Tensor, cuts: _ByDim, scales: _ByDim) -> Tensor:
+def _smaller(tensor: Tensor, added: Tensor | None, cuts: _ByDim, scales: _ByDim) -> Tensor:
     data = tensor.detach()
+    if added is not None:
+        data = (data + added).to(data.dtype)
     for dim, scale in scales.items():
         shape = [-1 if d == dim else 1 for d in range(data.ndim)]
         data = (data * scale.to(data.device).view(shape)).to(data.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..coupling.inputs import Inputs, tensors_in
-from ..coupling.labels import Dim
+from ..coupling.labels import Dim, Run
 from ..coupling.run import run_numbers
 from ..coupling.units import Coupling
 
@@ -42,11 +42,13 @@ class Observation:
 
     Args:
         outputs: for each run, the output tensors.
+        runs: what each run said.
         peaks: (labels,) the largest magnitude with which each class of channels arrives at the
             layers that read it; 0 for what never does.
     """
 
     outputs: list[list[Tensor]]
+    runs: list[Run]
     peaks: Tensor
 
 
@@ -77,10 +79,11 @@ def observe(
         pass
     peaks = torch.zeros(len(coupling.analysis.classes), dtype=torch.float64)
     for said, _ in runs:
-        for seen, peak in said.peaks:
-            real = seen >= 0
-            peaks.scatter_reduce_(0, seen[real], peak[real], "amax")
-    return Observation([tensors_in(out) for _, out in runs], peaks)
+        for x in said.arrivals:
+            real = x.labels >= 0
+            peak = torch.maximum(x.low.abs(), x.high.abs())
+            peaks.scatter_reduce_(0, x.labels[real], peak[real], "amax")
+    return Observation([tensors_in(out) for _, out in runs], [said for said, _ in runs], peaks)
 
 
 def differences(expected: Sequence[list[Tensor]], got: Sequence[list[Tensor]]) -> Differences:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,12 @@ from ..core.names import LayerChoice, pick
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
 from ..coupling.labels import Dim, dims_of
-from ..coupling.probe import Removal, cut_units
+from ..coupling.probe import Removal
+from ..coupling.surgery import Cut, cut
 from ..measure.profile import layer_costs
-from .check import Differences
+from .check import Differences, observe
+from .constants import Constants
+from .explain import axes_table, draw_axes
 from .plan import Plan, make_plan
 from .select import Stay, ranked_units, zero_units
 from .trial import Trial
@@ -34,7 +37,7 @@ class _Decision:
     stay: list[Stay]
     wanted: bool
     apart: Differences | None
-    scales: Mapping[Dim, Tensor]
+    cut: Cut
 
 
 class Pruner:
@@ -107,7 +110,7 @@ class Pruner:
         limits = Limits(min_keep, round_to)
         decision = self._decide(sparsity, context, criteria, limits, verify)
         plan = make_plan(self.model, self._coupling, self._axes, decision.remove)
-        cut_units(self.model, self._coupling, self._axes, decision.remove, decision.scales)
+        cut(self.model, decision.cut)
         self.plan, self._stay = plan, decision.stay
         apart = decision.apart if plan.removed else Differences(0.0, 0.0, True)
         self.max_abs_diff = apart.absolute if apart else None
@@ -158,6 +161,24 @@ class Pruner:
         """
         return pd.DataFrame(self._stay, columns=["layer", "unit", "reason"])
 
+    def axes(self) -> pd.DataFrame:
+        """The channel groups of the network as it is now, a row an axis.
+
+        Columns: `layer`, `size` in units, `blocks` that keep equally many, `free` bundles that may
+        go, `producers`, `consumers`, `mixed` (the operation whose result depends on the number of
+        channels), and `pinned`: why units cannot go, and how many.
+        """
+        self._refresh()
+        return axes_table(self._axes)
+
+    def draw(self) -> Any:
+        """A picture of the channel groups: graphviz where it is installed, matplotlib else."""
+        self._refresh()
+        return draw_axes(self._axes, self._coupling.analysis.order)
+
+    def _repr_html_(self) -> str:
+        return self.axes().to_html(index=False)
+
     # --- inside --------------------------------------------------------------------------------
 
     def _couple(self) -> None:
@@ -168,6 +189,10 @@ class Pruner:
         ]
         self._shapes = _shapes(self.model)
 
+    def _refresh(self) -> None:
+        if self._shapes != _shapes(self.model):
+            self._couple()  # it was cut meanwhile
+
     def _decide(
         self, sparsity: Any, context: str, criteria: Any, limits: Limits, verify: bool
     ) -> _Decision:
@@ -176,20 +201,21 @@ class Pruner:
             raise ValueError(f"context must be 'local' or 'global', got {context!r}")
         criterion, exact = as_criterion(criteria), sparsity is None
         share = 0.0 if exact else as_fraction(sparsity)
-        if self._shapes != _shapes(self.model):
-            self._couple()  # somebody else cut the model meanwhile
+        self._refresh()
         where = self.model, self.inputs, self._coupling, self._axes
+        constants = None
         if exact:
-            wanted, stay = zero_units(*where, limits)
+            constants = Constants(self.model, observe(*where[:3]).runs)
+            wanted, stay = zero_units(self.model, constants, self._axes, limits)
         else:
             wanted, stay = ranked_units(self.model, self._axes, share, context, criterion, limits)
-        trial = Trial(*where, exact=exact, verify=verify)
+        trial = Trial(*where, constants=constants, verify=verify)
         remove = trial.settle({a: units for a, units in wanted.items() if units.any()})
         for a, reason in trial.failed.items():
             units = wanted[a].nonzero().flatten().tolist()
             stay.extend((self._axes[a].name, u, reason) for u in units)
         asked = any(bool(u.any()) for u in wanted.values())
-        return _Decision(remove, stay, asked, trial.apart, trial.scales if remove else {})
+        return _Decision(remove, stay, asked, trial.apart, trial.plan)
 
     def _why_nothing(self, exact: bool, wanted: bool) -> str:
         if not exact and not wanted and any(len(a.free) for a in self._axes):

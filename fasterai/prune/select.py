@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion
 from ..core.masks import Limits, select
-from ..coupling.inputs import Inputs
+from ..coupling.labels import PRODUCE
 from ..coupling.ranking import ranked_bundles, zeroed_units
-from ..coupling.units import Axis, Coupling
-from .check import observe
+from ..coupling.units import Axis
+from .constants import Constants
 
 __all__ = ["Stay", "ranked_units", "zero_units"]
 
@@ -21,27 +21,28 @@ Stay = tuple[str, int, str]  # layer, unit, and why it is not removed
 
 
 def zero_units(
-    model: nn.Module, inputs: Inputs, coupling: Coupling, axes: Sequence[Axis], limits: Limits
+    model: nn.Module, constants: Constants, axes: Sequence[Axis], limits: Limits
 ) -> tuple[dict[int, Tensor], list[Stay]]:
-    """The units whose weights are zero and that reach every next layer as exact zeros.
+    """The units that zero weights silence, or make constant in a way that can be made good.
 
-    What reaches a layer is looked at, on the inputs and on random ones; the second value names
-    the zero units that stay.
+    The second value names the zero units that stay.
     """
     tensors = dict(model.named_parameters())
-    arriving = observe(model, inputs, coupling).peaks
     remove: dict[int, Tensor] = {}
     stay: list[Stay] = []
     for a, axis in enumerate(axes):
-        peak = arriving[axis.classes].tolist()
+        zero = zeroed_units(tensors, axis)
+        still, reasons = constants.removable(axis)
+        if not any(tensors[s.parameter].any() for s in axis.having(PRODUCE)):
+            still = []  # whole layers of zeros are fresh, not pruned
         silent = []
-        for u in zeroed_units(tensors, axis).nonzero().flatten().tolist():
+        for u in sorted({*zero.nonzero().flatten().tolist(), *still}):
             if axis.pins[u] is not None:
                 stay.append((axis.name, u, axis.pins[u]))
             elif axis.mixed is not None:
                 stay.append((axis.name, u, axis.mixed))
-            elif peak[u] != 0:
-                stay.append((axis.name, u, _not_silent(peak[u])))
+            elif u not in still:
+                stay.append((axis.name, u, reasons.get(u, _MOVING)))
             else:
                 silent.append(u)
         chosen, reason = _whole_bundles(axis, silent, limits)
@@ -98,8 +99,4 @@ def _marked(axis: Axis, units: Tensor) -> Tensor:
     return mark
 
 
-def _not_silent(peak: float) -> str:
-    return (
-        f"its weights are zero, but it arrives at the next layer with magnitude {peak:.3g} (the "
-        f"bias, or the scale and shift of the norm behind it, are not zero)"
-    )
+_MOVING = "its weights are zero, but what arrives at the next layers changes with the input"

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..coupling.inputs import Inputs
-from ..coupling.labels import Dim
 from ..coupling.probe import (
     Removal,
     broken,
@@ -19,9 +18,10 @@ from ..coupling.probe import (
     settle,
     wiring,
 )
-from ..coupling.surgery import shadowed
+from ..coupling.surgery import Cut, shadowed
 from ..coupling.units import Axis, Coupling
 from .check import Differences, Observation, alike, differences, observe
+from .constants import Constants
 
 __all__ = ["Trial"]
 
@@ -30,14 +30,14 @@ class Trial:
     """Tries removals on a model, which is as before after each of them.
 
     A cut network has to run, its labels have to meet as they did before, and its outputs have to
-    be those of the network as it is (`exact`) or of the network in which every layer ignores the
-    removed channels. Where channels are mixed (under a layer norm) no network computes the same:
-    there the wiring alone is proved.
+    be those of the network as it is (with `constants` made good), or of the network in which
+    every layer ignores the removed channels. Where channels are mixed (under a layer norm) no
+    network computes the same: there the wiring alone is proved.
 
     Attributes:
         failed: why axes could not be cut, by their place in the list of all.
         apart: how far the outputs were apart in the last trial that went well.
-        scales: what producers are multiplied with in it, as factors follow their number.
+        plan: the cut that was tried in it.
     """
 
     def __init__(
@@ -47,20 +47,21 @@ class Trial:
         coupling: Coupling,
         axes: Sequence[Axis],
         *,
-        exact: bool,
+        constants: Constants | None = None,
         verify: bool,
     ) -> None:
         self.model, self.inputs = model, inputs
         self.coupling, self.axes = coupling, axes
-        self.exact, self.verify = exact, verify
+        self.constants, self.verify = constants, verify
+        self._exact = constants is not None
         self.failed: dict[int, str] = {}
         self.apart: Differences | None = None
-        self.scales: dict[Dim, Tensor] = {}
+        self.plan = Cut({})
         self._dense: Observation | None = None
 
     def settle(self, wanted: Removal) -> Removal:
         """Those of the axes that can be cut together, found by halving where it fails."""
-        whole = [a for a in wanted if self.exact or self.axes[a].mixed is None]
+        whole = [a for a in wanted if self._exact or self.axes[a].mixed is None]
         mixed = [a for a in wanted if a not in whole]
         failed: dict[int, str] = {}
         good: list[int] = []
@@ -84,9 +85,11 @@ class Trial:
         if reason is not None:
             return reason
         scales = compensation(self.coupling, self.axes, changes)
+        added = {} if self.constants is None else self.constants.added(gone(*where))
+        plan = cutting(self.model, *where, scales=scales, added=added)
         apart = None
-        if self.verify and (self.exact or all(self.axes[a].mixed is None for a in remove)):
-            before, plan = self._expected(remove), cutting(self.model, *where, scales)
+        if self.verify and (self._exact or all(self.axes[a].mixed is None for a in remove)):
+            before = self._expected(remove)
             try:
                 with shadowed(self.model, plan):
                     after = observe(self.model, self.inputs, self.coupling, plan.kept)
@@ -98,21 +101,19 @@ class Trial:
             scaled = [int(c) for classes, _ in changes for c in classes]
             if not self._same(remove, scaled, before.peaks, after.peaks):
                 return "cutting it changes what arrives at other layers"
-        self.apart, self.scales = apart or self.apart, scales
+        self.apart, self.plan = apart or self.apart, plan
         return None
 
     def _expected(self, remove: Removal) -> Observation:
         """What the network to compare with computes."""
-        if not self.exact:
+        if not self._exact:
             silent = gone(self.coupling, self.axes, remove)
             return observe(self.model, self.inputs, self.coupling, silent=silent)
         if self._dense is None:
             self._dense = observe(self.model, self.inputs, self.coupling)
         return self._dense
 
-    def _same(
-        self, remove: Removal, scaled: Sequence[int], before: Tensor, after: Tensor
-    ) -> bool:
+    def _same(self, remove: Removal, scaled: Sequence[int], before: Tensor, after: Tensor) -> bool:
         """Whether the channels that stay arrive as before; outputs may hide a small branch."""
         stays = torch.from_numpy(~gone(self.coupling, self.axes, remove))
         stays[left_alone(self.axes, remove)] = False  # a single channel carries no label

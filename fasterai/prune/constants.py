@@ -1,0 +1,173 @@
+"""Channels that zero weights have made constant, and how the layers that read them do without.
+
+A zero filter behind a batch norm arrives at the next layers as a constant. Where a layer reads it
+without padding, the constant goes into its bias, or into the running mean of the batch norm that
+alone follows. Where it pads, K constant channels collapse into one of them: its column takes over
+the others', weighted by the ratio of the constants as that layer sees them. Both are exact in eval
+mode at any resolution.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan, nan
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..coupling.labels import Arrival, Dim, Run
+from ..coupling.units import Axis
+
+__all__ = ["Constants"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """A layer that reads channels, over all runs.
+
+    Args:
+        labels: (K,) the channel at each position that is read.
+        value: (K,) its constant; nan where it is none.
+        weight: the dimension of the weight that reads; None where constants cannot be made good.
+        target: the bias or running mean that can take a constant, and its sign, if any.
+    """
+
+    labels: Tensor
+    value: Tensor
+    weight: Dim | None
+    target: tuple[str, float] | None
+
+
+class Constants:
+    """What arrives as a constant in a network, and what has to be added to remove it.
+
+    Args:
+        model: the network.
+        runs: what runs with numbers said, on different inputs.
+    """
+
+    def __init__(self, model: nn.Module, runs: Sequence[Run]) -> None:
+        self._tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        runs = [r for r in runs if len(r.arrivals) == len(runs[0].arrivals)]
+        count: dict[Dim | None, int] = {}
+        for x in runs[0].arrivals:
+            count[x.reader] = count.get(x.reader, 0) + 1
+        self._readers = [
+            _reader(runs, i, self._tensors, once=count[x.reader] == 1)
+            for i, x in enumerate(runs[0].arrivals)
+        ]
+        self._keeper: dict[int, int] = {}
+        self._value: dict[int, float] = {}  # the largest with which a class arrives
+        for r in self._readers:
+            for c, v in zip(r.labels.tolist(), r.value.abs().tolist(), strict=True):
+                known = self._value.get(c, 0.0)
+                self._value[c] = nan if isnan(v) or isnan(known) else max(v, known)
+
+    def removable(self, axis: Axis) -> tuple[list[int], dict[int, str]]:
+        """The units of an axis whose constants can be made good, and why others cannot.
+
+        Only units that zero weights make constant, wherever they are read, are among either.
+        """
+        still = {c: u for u, c in enumerate(axis.classes.tolist()) if self._value.get(c, nan) >= 0}
+        loud = {c for c in still if self._value[c] > 0}
+        stuck: set[int] = set()
+        padded: list[dict[int, float]] = []
+        for r in self._readers:
+            mine = {
+                c: v
+                for c, v in zip(r.labels.tolist(), r.value.tolist(), strict=True)
+                if c in loud and v != 0
+            }
+            if mine and r.weight is None:
+                stuck.update(mine)
+            elif mine and r.target is None:
+                padded.append(mine)
+        keeper = _keeper(padded, stuck)
+        reasons: dict[int, str] = {}
+        go = []
+        for c, u in still.items():
+            mine = [values for values in padded if c in values]
+            if c in stuck:
+                reasons[u] = f"the constant {self._value[c]:.3g} it arrives as has nowhere to go"
+            elif mine and c == keeper:
+                reasons[u] = "it stands in for other constant channels"
+            elif any(keeper not in values for values in mine):
+                reasons[u] = "no other constant channel can stand in for it"
+            else:
+                go.append(u)
+                if mine and keeper is not None:
+                    self._keeper[c] = keeper
+        return go, reasons
+
+    def added(self, gone: np.ndarray) -> dict[str, Tensor]:
+        """What to add to parameters and buffers, in full size, where these classes go.
+
+        Args:
+            gone: (labels,) bool.
+        """
+        found: dict[str, Tensor] = {}
+        for r in self._readers:
+            at = torch.from_numpy(gone[r.labels.numpy()]) & (r.value != 0)
+            if r.weight is None or not at.any():
+                continue
+            weight = self._tensors[r.weight.parameter].detach().double().cpu()
+            columns = weight.movedim(r.weight.dim, 0)
+            if r.target is not None:
+                name, sign = r.target
+                rows = columns[at].flatten(2).sum(2) if columns.ndim > 2 else columns[at]
+                _add(found, name, self._tensors[name], sign * (r.value[at] @ rows))
+            else:
+                more = torch.zeros_like(columns)
+                for c in r.labels[at].unique().tolist():
+                    mine, its = r.labels == c, r.labels == self._keeper[c]
+                    shape = (-1, *[1] * (columns.ndim - 1))
+                    more[its] += columns[mine] * (r.value[mine] / r.value[its]).view(shape)
+                name = r.weight.parameter
+                _add(found, name, self._tensors[name], more.movedim(0, r.weight.dim))
+        return found
+
+
+def _reader(runs: Sequence[Run], i: int, tensors: Mapping[str, Tensor], *, once: bool) -> _Reader:
+    arrivals = [r.arrivals[i] for r in runs]
+    first = arrivals[0]
+    low = torch.stack([x.low for x in arrivals]).amin(0)
+    high = torch.stack([x.high for x in arrivals]).amax(0)
+    value = first.low.clone()
+    moving = torch.stack([x.moving for x in arrivals]).any(0)
+    value[moving | ((high - low) > 1e-5 * torch.maximum(low.abs(), high.abs()))] = nan
+    weight = first.reader if once else None
+    if weight is None:
+        return _Reader(first.labels, value, None, None)
+    return _Reader(first.labels, value, weight, _target(first, runs[0], tensors))
+
+
+def _target(x: Arrival, run: Run, tensors: Mapping[str, Tensor]) -> tuple[str, float] | None:
+    """Where a constant that arrives there can go."""
+    name = x.reader.parameter if x.reader is not None else ""
+    if x.padded:
+        return None
+    if x.biased:
+        bias = re.sub(r"weight$", "bias", name)
+        return (bias, 1.0) if bias != name and bias in tensors else None
+    if name in run.followed and run.used.get(name) == 1:
+        return run.followed[name], -1.0
+    return None
+
+
+def _keeper(padded: Sequence[Mapping[int, float]], stuck: set[int]) -> int | None:
+    """The class that can stand in at most padded readers, by the largest constants."""
+    total: dict[int, tuple[int, float]] = {}
+    for values in padded:
+        for c, v in values.items():
+            if c not in stuck:
+                n, size = total.get(c, (0, 0.0))
+                total[c] = n + 1, size + abs(v)
+    return max(total, key=lambda c: total[c], default=None)
+
+
+def _add(found: dict[str, Tensor], name: str, like: Tensor, more: Tensor) -> None:
+    more = more.to(like.device)
+    found[name] = found[name] + more if name in found else more
