@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from .inputs import Inputs
-from .labels import CONSUME, FOLLOW, PRODUCE, SCALE, SHIFT, Dim, Run, dims_of
+from .labels import CONSUME, FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Dim, Run, dims_of
 from .run import run_labels
 
 __all__ = ["Analysis", "analyse"]
@@ -31,7 +31,7 @@ class Analysis:
         sizes: for each dimension, how many there are.
         classes: (labels,) the class of each label, named by one of its labels.
         pinned: for pinned classes, why.
-        mixed: for classes that an operation mixes, which.
+        mixed: for classes that an operation mixes, which; norms where nothing else does.
         grids: classes laid out in two or more dimensions, one for each grid of channels.
         factors: classes of channels and the number with which they, or a product over them, are
             multiplied in eval mode.
@@ -106,7 +106,7 @@ def analyse(
         {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()},
         classes,
         _pinned(classes, runs),
-        _noted(classes, [note for run in runs for note in run.mixed]),
+        _noted(classes, sorted(_mixed(runs), key=lambda note: note[1] == NORMALISED)),
         tuple(grids.values()),
         tuple((np.unique(classes[over.numpy()]), value) for over, value in runs[0].factors),
         _read(classes, runs),
@@ -192,6 +192,10 @@ def _pinned(classes: np.ndarray, runs: Sequence[Run]) -> dict[int, str]:
                 if bool((other < 0).any()):
                     pins.append((mine[other < 0], "joined with a tensor of fixed size"))
     return _noted(classes, pins)
+
+
+def _mixed(runs: Sequence[Run]) -> list[tuple[Tensor, str]]:
+    return [note for run in runs for note in run.mixed]
 
 
 def _noted(classes: np.ndarray, notes: Sequence[tuple[Tensor, str]]) -> dict[int, str]:

@@ -6,7 +6,7 @@ milliseconds and in no memory; constants, which the code of a network may look a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Shapes:
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": _META}
         if func in _OUTLINES:
-            return _OUTLINES[func](args[0])
+            return _OUTLINES[func](*args)
         origin: dict[int, Tensor] = {}
         swapped = _map((args, dict(kwargs)), lambda x: self._twin(x, origin))
         out = func(*swapped[0], **swapped[1])
@@ -70,19 +70,24 @@ class Shapes:
         return known
 
 
-def _same(x: Tensor) -> Tensor:
+def _same(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, device=_META)
 
 
-def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_normalised(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _same(x), torch.empty(0, device=_META), torch.empty(0, device=_META)
 
 
+def _layer_normalised(x: Tensor, over: Sequence[int], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape = [*x.shape[: x.ndim - len(over)], *[1] * len(over)]
+    statistics = torch.empty(shape, dtype=x.dtype, device=_META)
+    return _same(x), statistics, statistics.clone()
+
+
 # What common operations make, where PyTorch takes its time to find that out.
-_OUTLINES: dict[Any, Callable[[Tensor], Any]] = {
-    torch.ops.aten.native_layer_norm.default: _normalised,
-    torch.ops.aten.native_batch_norm.default: _normalised,
-    torch.ops.aten.native_group_norm.default: _normalised,
+_OUTLINES: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.native_layer_norm.default: _layer_normalised,
+    torch.ops.aten.native_batch_norm.default: _batch_normalised,
     torch.ops.aten._softmax.default: _same,
     torch.ops.aten._safe_softmax.default: _same,
     torch.ops.aten.relu.default: _same,

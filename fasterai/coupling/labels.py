@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["FIXED", "Dim", "Engine", "Field", "Run", "Tracer", "dims_of"]
+__all__ = ["AVERAGED", "FIXED", "NORMALISED", "Dim", "Engine", "Field", "Run", "Tracer", "dims_of"]
 
 FIXED = -1  # a position that belongs to no parameter: a constant, padding, an input
 
@@ -28,6 +28,10 @@ PRODUCE, SCALE, SHIFT, FOLLOW, CONSUME = "produce", "scale", "shift", "follow", 
 
 # Executes an operation for a tracer: (tracer, operation, args, kwargs) -> result.
 Engine = Callable[["Tracer", Any, tuple[Any, ...], Mapping[str, Any]], Any]
+
+
+NORMALISED = "normalised over channels: their statistics change with the number of them"
+AVERAGED = "mean over channels"  # by a norm that is written out, as a rule
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Arrival:
         reader: the dimension of the weight that reads them; None where something else does.
         padded: zeros beside the map are read with it.
         biased: a bias is added to what the layer makes.
+        summed: no layer, but a sum over channels.
     """
 
     labels: Tensor
@@ -77,6 +82,7 @@ class Arrival:
     reader: Dim | None = None
     padded: bool = False
     biased: bool = False
+    summed: bool = False
 
 
 @dataclass
@@ -279,6 +285,7 @@ class Tracer(TorchDispatchMode):
         *,
         padded: bool = False,
         biased: bool = False,
+        summed: bool = False,
     ) -> None:
         """The channels of `x` labelled by `seen` are read by a next layer; see `Arrival`."""
         labels = seen.labels.reshape(-1)
@@ -290,4 +297,6 @@ class Tracer(TorchDispatchMode):
             known = self.moving.get(x)
             moving = torch.ones_like(labels, dtype=torch.bool) if known is None else known[labels]
             source = reader.source if reader is not None else None
-            self.said.arrivals.append(Arrival(labels, low, high, moving, source, padded, biased))
+            self.said.arrivals.append(
+                Arrival(labels, low, high, moving, source, padded, biased, summed)
+            )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .inputs import tensors_in
-from .labels import CONSUME, FOLLOW, PRODUCE, SCALE, SHIFT, Field, Tracer
+from .labels import CONSUME, FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Field, Tracer
 
 __all__ = [
     "batch_norm",
@@ -313,7 +313,7 @@ def batch_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     _note_followed(t, x, args[3])
     for f in t.of(x):
         if 1 not in f.dims:  # weights that are standardised, say
-            t.mix(f, "normalised over channels: their statistics change with the number of them")
+            t.mix(f, "standardised over channels")
     t.attach(result, t.of(x))
 
 
@@ -346,7 +346,7 @@ def layer_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     fields = []
     for f in t.of(x):
         if inside & set(f.dims):
-            t.mix(f, "normalised over channels: their statistics change with the number of them")
+            t.mix(f, NORMALISED)
             for p, role in zip(affine, (SCALE, SHIFT), strict=False):
                 f = _scaled(t, f, p, role)
         fields.append(f)
@@ -377,7 +377,7 @@ def group_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if f is not None:
         f = t.merge(f, [d for d in f.dims if d != 1])
         if groups < x.shape[1]:
-            t.mix(f, "normalised over groups of channels: their statistics change with the number")
+            t.mix(f, NORMALISED)
             t.grid(f.labels.reshape(groups, -1))
     for p, role in ((weight, SCALE), (bias, SHIFT)):
         _affine(t, p, f, 1, role, "normalised with or as a tensor of fixed size")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .labels import FIXED, Field, Tracer
+from .labels import FIXED, SHIFT, Field, Tracer
 
 __all__ = ["concatenation", "indexing", "movement", "padding", "parting", "stacking"]
 
@@ -178,6 +178,9 @@ def concatenation(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     """Channels side by side keep their labels; maps side by side join theirs."""
     parts = [x for x in args[0] if x.numel()]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    for x in parts:
+        if len(t.of(x)) == 1:  # a vector of parameters, such as a class token
+            t.mark(t.of(x)[0], SHIFT)
     t.attach(out, [_side_by_side(t, parts, dim), *_one_behind_the_other(t, parts, dim)])
 
 

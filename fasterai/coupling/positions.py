@@ -74,7 +74,7 @@ def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     for f in t.of(x):
         kept = [d for d in f.dims if d not in gone]
         if not kept:
-            t.consume(x, f)
+            t.consume(x, f, summed=True)
             if name != "sum":
                 t.mix(f, f"{name} over channels")
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from .inputs import Inputs
 from .labels import PRODUCE, SHIFT, Dim
 from .mending import mends
+from .norms import narrowed
 from .replay import Change, replay
 from .surgery import Cut, shadowed
 from .units import Axis, Coupling
@@ -59,12 +61,28 @@ def cutting(
     coupling: Coupling,
     axes: Sequence[Axis],
     remove: Removal,
-    **extras: Any,
+    exact: bool = False,
+    scales: Mapping[Dim, Tensor] = MappingProxyType({}),
+    added: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Cut:
-    """How to cut these units out: positions and integers; `extras` as in `Cut`."""
+    """How to cut these units out.
+
+    Args:
+        model: the network.
+        coupling: what its labels say.
+        axes: its axes.
+        remove: the units.
+        exact: they are zero: norms remember their width.
+        scales: see `Cut`.
+        added: see `Cut`.
+    """
     kept = positions_kept(model, coupling, axes, remove)
     integers = mends(model, coupling.analysis, gone(coupling, axes, remove), kept)
-    return Cut(kept, integers, **extras)
+    attributes: dict[nn.Module, dict[str, Any]] = {}
+    if exact:
+        attributes, more = narrowed(model, kept, coupling.analysis.sizes)
+        scales = {**more, **scales}
+    return Cut(kept, integers, scales, added, attributes)
 
 
 def wiring(
@@ -75,12 +93,13 @@ def wiring(
     remove: Removal,
     *,
     quick: bool = False,
+    exact: bool = False,
 ) -> tuple[str | None, list[Change]]:
     """Why these units cannot be cut, or None, tried without touching the model's tensors.
 
     The second value tells which factors change with the cut; see `replay`.
     """
-    plan = cutting(model, coupling, axes, remove)
+    plan = cutting(model, coupling, axes, remove, exact=exact)
     try:
         with shadowed(model, plan, shapes=coupling.analysis.shapes):
             alone = left_alone(axes, remove)

@@ -25,12 +25,14 @@ class Cut:
         integers: attributes to change, of modules around the layers.
         scales: factors along dimensions, one for each position before the cut.
         added: parameter or buffer name -> what is added to it before the cut.
+        attributes: further attributes to set, a module's class among them; see `norms`.
     """
 
     kept: Mapping[Dim, Tensor]
     integers: Sequence[Mend] = ()
     scales: Mapping[Dim, Tensor] = field(default_factory=dict)
     added: Mapping[str, Tensor] = field(default_factory=dict)
+    attributes: Mapping[nn.Module, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def cut(model: nn.Module, plan: Cut) -> Callable[[], None]:
@@ -58,7 +60,7 @@ def cut(model: nn.Module, plan: Cut) -> Callable[[], None]:
     try:
         for name, data in smaller.items():
             undo.append(_swap(tensors[name], data))
-        _mend(model, {id(tensors[name]) for name in smaller}, plan.integers, undo)
+        _mend(model, {id(tensors[name]) for name in smaller}, plan, undo)
     except BaseException:  # an interrupt, too, must not leave half a cut
         put_back()
         raise
@@ -91,7 +93,7 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
                     if id(tensor) in shadows:
                         own[name] = shadows[id(tensor)]
                         undo.append(lambda o=own, n=name, t=tensor: o.update({n: t}))
-        _mend(model, {id(s) for s in shadows.values()}, plan.integers, undo)
+        _mend(model, {id(s) for s in shadows.values()}, plan, undo)
         yield
     finally:
         for step in reversed(undo):
@@ -154,9 +156,7 @@ def _owners(model: nn.Module, ids: set[int]) -> list[nn.Module]:
     ]
 
 
-def _mend(
-    model: nn.Module, cut: set[int], integers: Sequence[Mend], undo: list[Callable[[], None]]
-) -> None:
+def _mend(model: nn.Module, cut: set[int], plan: Cut, undo: list[Callable[[], None]]) -> None:
     """Let integers follow the tensors that were cut, noting how to undo it."""
     owners = _owners(model, cut)
     for module in owners:
@@ -165,12 +165,26 @@ def _mend(
             undo.append(_set(module, "_flat_weights", weights))
         for attribute, value in layer_integers(module).items():
             undo.append(_set(module, attribute, value))
-    for module, attribute, value in integers:
+    for module, attribute, value in plan.integers:
         if module not in owners or attribute not in layer_integers(module):
+            undo.append(_set(module, attribute, value))
+    for module, attributes in plan.attributes.items():
+        for attribute, value in attributes.items():
             undo.append(_set(module, attribute, value))
 
 
 def _set(module: nn.Module, attribute: str, value: Any) -> Callable[[], None]:
-    old = module.__dict__[attribute]
+    if attribute == "__class__":
+        kind = type(module)
+        module.__class__ = value
+        return lambda: setattr(module, "__class__", kind)
+    before = dict(module.__dict__)
     module.__dict__[attribute] = value
-    return lambda: module.__dict__.update({attribute: old})
+
+    def put_back() -> None:
+        if attribute in before:
+            module.__dict__[attribute] = before[attribute]
+        else:
+            del module.__dict__[attribute]
+
+    return put_back

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .analysis import Analysis
 from .blocks import Blocks
-from .labels import FOLLOW, PRODUCE, Dim, dims_of
+from .labels import FOLLOW, NORMALISED, PRODUCE, Dim, dims_of
 
 __all__ = ["Axis", "Coupling", "Slot", "units_of"]
 
@@ -240,6 +240,11 @@ def _members(axis_of: np.ndarray, unit_of: np.ndarray) -> dict[int, np.ndarray]:
     }
 
 
+def _mixed(reasons: Sequence[str]) -> str | None:
+    """A reason other than a norm, where there is one."""
+    return next((r for r in reasons if r != NORMALISED), next(iter(reasons), None))
+
+
 def _axis(
     slots: Sequence[Slot],
     classes: np.ndarray,
@@ -261,7 +266,7 @@ def _axis(
         torch.from_numpy(classes),
         torch.from_numpy(block),
         torch.from_numpy(blocks.place[classes]),
-        next((analysis.mixed[c] for c in names if c in analysis.mixed), None),
+        _mixed([analysis.mixed[c] for c in names if c in analysis.mixed]),
     )
     if axis.blocks > 1 and not axis.bundles:
         return axis.pinned("its counterparts in other blocks are pinned")

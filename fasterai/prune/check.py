@@ -80,6 +80,8 @@ def observe(
     peaks = torch.zeros(len(coupling.analysis.classes), dtype=torch.float64)
     for said, _ in runs:
         for x in said.arrivals:
+            if x.summed:  # norms that remember their width sum where others do not
+                continue
             real = x.labels >= 0
             peak = torch.maximum(x.low.abs(), x.high.abs())
             peaks.scatter_reduce_(0, x.labels[real], peak[real], "amax")

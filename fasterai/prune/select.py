@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion
 from ..core.masks import Limits, select
-from ..coupling.labels import PRODUCE
+from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE
 from ..coupling.ranking import ranked_bundles, zeroed_units
 from ..coupling.units import Axis
 from .constants import Constants
@@ -39,7 +39,7 @@ def zero_units(
         for u in sorted({*zero.nonzero().flatten().tolist(), *still}):
             if axis.pins[u] is not None:
                 stay.append((axis.name, u, axis.pins[u]))
-            elif axis.mixed is not None:
+            elif axis.mixed not in (None, AVERAGED, NORMALISED):
                 stay.append((axis.name, u, axis.mixed))
             elif u not in still:
                 stay.append((axis.name, u, reasons.get(u, _MOVING)))

@@ -81,12 +81,12 @@ class Trial:
     def _attempt(self, remove: Removal) -> str | None:
         """Why this cannot be cut, or None."""
         where = self.coupling, self.axes, remove
-        reason, changes = wiring(self.model, self.inputs, *where)
+        reason, changes = wiring(self.model, self.inputs, *where, exact=self._exact)
         if reason is not None:
             return reason
         scales = compensation(self.coupling, self.axes, changes)
         added = {} if self.constants is None else self.constants.added(gone(*where))
-        plan = cutting(self.model, *where, scales=scales, added=added)
+        plan = cutting(self.model, *where, exact=self._exact, scales=scales, added=added)
         apart = None
         if self.verify and (self._exact or all(self.axes[a].mixed is None for a in remove)):
             before = self._expected(remove)

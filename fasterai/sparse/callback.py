@@ -47,6 +47,7 @@ class SparsifyCallback(Callback):
         min_keep: groups that stay in each layer, at least.
         round_to: the number of groups kept becomes a multiple of this.
         example_inputs: to see which layers are coupled; default the first training batch.
+        mixed: 'filter' also zeroes channels that layer, RMS and group norms normalise together.
     """
 
     order = Recorder.order + 5  # after its columns, before the progress bar shows them
@@ -65,6 +66,7 @@ class SparsifyCallback(Callback):
         min_keep: int = 1,
         round_to: int = 1,
         example_inputs: Any = None,
+        mixed: bool = False,
     ) -> None:
         super().__init__()
         if context not in ("local", "global"):
@@ -78,6 +80,7 @@ class SparsifyCallback(Callback):
         self.min_keep, self.round_to = min_keep, round_to
         self.layers = None if layers is None else as_choices(layers)
         self.exclude, self.example_inputs = as_choices(exclude), example_inputs
+        self.mixed = mixed
         self.history: list[tuple[int, float]] = []
         self._sparsifier: Sparsifier | None = None
         self._training = self._silent = False
@@ -177,6 +180,7 @@ class SparsifyCallback(Callback):
                 min_keep=self.min_keep,
                 round_to=self.round_to,
                 example_inputs=example,
+                mixed=self.mixed,
             )
         except NothingToSparsify as error:
             if not error.frozen:

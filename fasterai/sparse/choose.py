@@ -13,7 +13,7 @@ from ..core.granularity import Granularity, dimensions, maskable_types
 from ..core.names import LayerChoice, pick
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
-from ..coupling.labels import PRODUCE, SCALE, SHIFT
+from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE, SCALE, SHIFT
 from ..coupling.units import Axis, Coupling
 from .groups import Groups, LayerGroups, UnitGroups
 
@@ -53,6 +53,7 @@ def choose(
     layers: LayerChoice | Iterable[LayerChoice] | None,
     exclude: LayerChoice | Iterable[LayerChoice],
     example_inputs: Any,
+    mixed: bool = False,
 ) -> Choice:
     """Find the groups of a network; see `Sparsifier` for the arguments.
 
@@ -63,7 +64,7 @@ def choose(
     chosen = _chosen(model, layers, exclude, kinds)
     inputs, coupling = _coupled(model, example_inputs, granularity.is_filter)
     if granularity.is_filter and coupling is not None:
-        groups, skipped = _units(model, coupling, chosen)
+        groups, skipped = _units(model, coupling, chosen, mixed)
     else:
         outputs = _output_layers(model, coupling) if layers is None else ()
         groups, skipped = _inside_layers(model, granularity, chosen, outputs)
@@ -107,7 +108,7 @@ def _inside_layers(
 
 
 def _units(
-    model: nn.Module, coupling: Coupling, chosen: Mapping[str, nn.Module]
+    model: nn.Module, coupling: Coupling, chosen: Mapping[str, nn.Module], mixed: bool
 ) -> tuple[list[Groups], dict[str, str]]:
     tensors = dict(model.named_parameters())
     groups: list[Groups] = []
@@ -118,7 +119,7 @@ def _units(
         if not set(axis.producers) & set(chosen):
             continue
         axis = _without(axis, chosen, tensors)
-        if axis.mixed is not None:
+        if axis.mixed is not None and not (mixed and axis.mixed in (AVERAGED, NORMALISED)):
             axis = axis.pinned(axis.mixed)
         if axis.bundles:
             groups.append(UnitGroups(axis, tensors))

@@ -51,6 +51,9 @@ class Sparsifier:
         example_inputs: what the model's forward takes; 'filter' needs them, other granularities
             find the output layer with them. Default, where the first layer is a Conv2d, one
             random image of 64 x 64.
+        mixed: 'filter' also zeroes channels that layer, RMS and group norms normalise together,
+            such as the embedding width of a transformer. That changes the norms' statistics;
+            `Pruner` then leaves norms that remember their width.
 
     Raises:
         ValueError: unknown names, a model with nothing to sparsify, or inputs it cannot run on.
@@ -68,6 +71,7 @@ class Sparsifier:
         min_keep: int = 1,
         round_to: int = 1,
         example_inputs: Any = None,
+        mixed: bool = False,
     ) -> None:
         if context not in ("local", "global"):
             raise ValueError(f"context must be 'local' or 'global', got {context!r}")
@@ -77,7 +81,7 @@ class Sparsifier:
         self.criteria = as_criterion(criteria)
         self.limits = Limits(min_keep, round_to)
         self.asked: tuple[float, ...] | None = None
-        choice = choose(model, self.granularity, layers, exclude, example_inputs)
+        choice = choose(model, self.granularity, layers, exclude, example_inputs, mixed)
         self._groups, self._inputs = choice.groups, choice.inputs
         self.skipped, self.frozen_share = choice.skipped, choice.frozen_share
         covered = {k: p for g in self._groups for k, p in g.parameters.items()}

@@ -1,0 +1,117 @@
+"""Norms that remember how wide they were, so that zero channels can go.
+
+Channels that are zero add nothing to the sums of a layer or group norm, but count in its means. A
+norm that divides by the original width computes the same without them. An RMS norm needs no other
+code: with N channels of which n stay, scale * sqrt(N / n) and eps * N / n are the same function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .labels import Dim
+
+__all__ = ["NarrowGroupNorm", "NarrowLayerNorm", "narrowed"]
+
+
+class NarrowLayerNorm(nn.LayerNorm):
+    """A layer norm over `width` channels, of which only those that are not zero are left.
+
+    It has the parameters, names and options of the norm it comes from.
+
+    Attributes:
+        width: the channels there were.
+        channel_dim: the dimension of the channels, -1 or 1.
+    """
+
+    width: int
+    channel_dim: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (N, ..., C) or, for maps, (N, C, H, W)."""
+        x = x.movedim(self.channel_dim, -1)
+        _, mean, scale = torch.native_layer_norm(x, self.normalized_shape, None, None, self.eps)
+        mean, scale = _widened(mean, scale, self.normalized_shape[0] / self.width, self.eps)
+        out = ((x - mean) * scale).to(x.dtype) * self.weight
+        out = out if self.bias is None else out + self.bias
+        return out.movedim(-1, self.channel_dim)
+
+
+class NarrowGroupNorm(nn.GroupNorm):
+    """A group norm over groups of `width` channels, of which equally many are left in each.
+
+    Attributes:
+        width: the channels there were in a group.
+    """
+
+    width: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (N, C, *)."""
+        batch, channels = x.shape[:2]
+        places = math.prod(x.shape[2:])
+        _, mean, scale = torch.native_group_norm(
+            x, None, None, batch, channels, places, self.num_groups, self.eps
+        )
+        share = channels / self.num_groups / self.width
+        mean, scale = _widened(mean[..., None], scale[..., None], share, self.eps)
+        grouped = x.reshape(batch, self.num_groups, -1)
+        out = ((grouped - mean) * scale).reshape(x.shape).to(x.dtype)
+        shape = [-1] + [1] * (x.ndim - 2)
+        return out * self.weight.view(shape) + self.bias.view(shape)
+
+
+def _widened(mean: Tensor, scale: Tensor, share: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / deviation of channels, where a `share` of them is left and the others are 0."""
+    variance = scale**-2 - eps
+    wide = mean * share
+    variance = share * (variance + (mean - wide).square()) + (1 - share) * wide.square()
+    return wide, (variance + eps).rsqrt()
+
+
+def narrowed(
+    model: nn.Module, kept: Mapping[Dim, Tensor], sizes: Mapping[Dim, int]
+) -> tuple[dict[nn.Module, dict[str, Any]], dict[Dim, Tensor]]:
+    """How norms must change so that the zero channels they lose do not count.
+
+    Args:
+        model: the network.
+        kept: the positions that stay of each dimension that is cut.
+        sizes: how many there were.
+
+    Returns:
+        Attributes of norms to set, their class among them; and factors for their scales.
+    """
+    attributes: dict[nn.Module, dict[str, Any]] = {}
+    scales: dict[Dim, Tensor] = {}
+    for name, module in model.named_modules():
+        dim = Dim(f"{name}.weight" if name else "weight", 0)
+        if dim not in kept or len(kept[dim]) == sizes[dim]:
+            continue
+        before, after = sizes[dim], len(kept[dim])
+        eps = next((e for e in ("eps", "variance_epsilon") if hasattr(module, e)), None)
+        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+            maps = "2d" in type(module).__name__ or _channels_first(module)
+            attributes[module] = {
+                "__class__": NarrowLayerNorm,
+                "width": getattr(module, "width", before),
+                "channel_dim": getattr(module, "channel_dim", 1 if maps else -1),
+            }
+        elif isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels:
+            width = getattr(module, "width", before // module.num_groups)
+            attributes[module] = {"__class__": NarrowGroupNorm, "width": width}
+        elif eps is not None and not isinstance(module, nn.modules.batchnorm._NormBase):
+            value = getattr(module, eps)
+            value = torch.finfo(module.weight.dtype).eps if value is None else value
+            attributes[module] = {eps: value * before / after}
+            scales[dim] = torch.full((before,), math.sqrt(before / after), dtype=torch.float64)
+    return attributes, scales
+
+
+def _channels_first(module: nn.Module) -> bool:
+    return getattr(module, "data_format", "") == "channels_first"

@@ -1,0 +1,186 @@
+"""Zero channels under norms, in attention, and constants: removed, and the function stays."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from networks import apart, conv, images, shake
+from torch import nn
+
+from fasterai.coupling.norms import NarrowGroupNorm, NarrowLayerNorm
+from fasterai.prune.pruner import Pruner
+from fasterai.sparse.sparsifier import Sparsifier
+
+tv = torchvision.models
+
+
+class Attention(nn.Module):
+    """Heads from one packed layer; the scale is read from the width of a head."""
+
+    def __init__(self, width=24, heads=3):
+        super().__init__()
+        self.stem, self.heads, self.head_dim = nn.Linear(10, width), heads, width // heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 40), nn.Linear(40, width)
+        self.last, self.head = nn.LayerNorm(width), nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n, t, _ = x.shape
+        qkv = self.qkv(self.norm(x)).view(n, t, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.proj(out)
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.head(self.last(x).mean(1))
+
+
+def sequences(n=2, t=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, t, 10, generator=generator, dtype=torch.float64)
+
+
+def lively(model):
+    """Weights large enough for attention to look somewhere."""
+    torch.manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p, 0.2, 0.5)
+    return model.double().eval()
+
+
+def test_queries_keys_values_and_hidden_units_go_and_the_scale_is_made_good():
+    model = lively(Attention())
+    Sparsifier(model, "filter", example_inputs=sequences()).sparsify_model(0.5)
+    zero = (model.qkv.weight == 0).all(1).view(3, 3, 8)
+    assert zero.sum(-1).eq(4).all() and torch.equal(zero[0], zero[1])
+    assert not torch.equal(zero[2, 0], zero[2, 1])  # each head has its own weakest values
+    sparse, pruner = copy.deepcopy(model), Pruner(model, sequences())
+    pruner.prune_model()
+    assert model.qkv.out_features == 3 * 3 * 4 and model.head_dim == 4 and len(pruner.kept()) == 0
+    assert model.up.out_features == 20 and model.norm.normalized_shape == (24,)
+    other = sequences(3, 5, seed=1)
+    assert apart(sparse(other), model(other)) < 1e-12
+
+
+def test_an_embedding_width_goes_where_it_is_asked_for():
+    model = lively(Attention())
+    x = sequences()
+    Sparsifier(model, "filter", example_inputs=x, mixed=True).sparsify_model(0.5)
+    sparse, keys = copy.deepcopy(model), list(model.state_dict())
+    pruner = Pruner(model, x)
+    pruner.prune_model()
+    assert model.stem.out_features == 12 and list(model.state_dict()) == keys
+    assert isinstance(model.norm, NarrowLayerNorm) and model.norm.width == 24
+    other = sequences(3, 5, seed=1)
+    assert apart(sparse(other), model(other)) < 1e-12
+    once = copy.deepcopy(model)
+    Sparsifier(model, "filter", example_inputs=x, mixed=True).sparsify_model(0.5)
+    again = copy.deepcopy(model)
+    Pruner(model, x).prune_model()
+    assert model.stem.out_features == 6 and model.norm.width == 24
+    assert apart(again(other), model(other)) < 1e-12 < apart(once(other), model(other))
+
+
+class Normed(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.a, self.norm, self.b = conv(3, 8), norm, conv(8, 4)
+
+    def forward(self, x):
+        x = self.a(x)
+        if isinstance(self.norm, nn.GroupNorm):
+            return self.b(F.relu(self.norm(x)))
+        return self.b(F.relu(self.norm(x.movedim(1, -1)).movedim(-1, 1)))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8), nn.GroupNorm(1, 8)], ids=str)
+def test_norms_remember_their_width(norm):
+    x = images(dtype=torch.float64)
+    model = lively(Normed(copy.deepcopy(norm)))
+    dense = copy.deepcopy(model)
+    Sparsifier(model, "filter", example_inputs=x, mixed=True).sparsify_model(0.5)
+    sparse, pruner = copy.deepcopy(model), Pruner(model, x)
+    pruner.prune_model()
+    assert model.a.out_channels == 4 and len(pruner.kept()) == 0
+    other = images(3, 9, torch.float64, seed=5)
+    assert apart(sparse(other), model(other)) < 1e-12
+    model.train()(other).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with pytest.raises(ValueError, match="normalised over channels|mean over channels"):
+        Sparsifier(dense, "filter", example_inputs=x)  # unless it is asked for
+
+
+def test_narrow_norms_are_wide_norms_of_zeros():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    narrow = nn.LayerNorm(6, dtype=torch.float64)
+    narrow.__class__, narrow.width, narrow.channel_dim = NarrowLayerNorm, 10, -1
+    wide = F.layer_norm(F.pad(x, (0, 4)), (10,))[..., :6]
+    assert torch.allclose(narrow(x), wide, atol=1e-12)
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    group = nn.GroupNorm(2, 6, dtype=torch.float64)
+    group.__class__, group.width = NarrowGroupNorm, 5
+    padded = F.pad(x.view(2, 2, 3, 4, 4), (0, 0, 0, 0, 0, 2)).flatten(1, 2)
+    wide = F.group_norm(padded, 2).view(2, 2, 5, 4, 4)[:, :, :3].flatten(1, 2)
+    assert torch.allclose(group(x), wide, atol=1e-12)
+
+
+def test_a_norm_that_was_narrowed_can_be_exported(tmp_path):
+    pytest.importorskip("onnxruntime")
+    import onnxruntime
+
+    model = lively(Attention()).float()
+    x = sequences().float()
+    Sparsifier(model, "filter", example_inputs=x, mixed=True).sparsify_model(0.5)
+    Pruner(model, x).prune_model()
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert apart(model(x), torch.from_numpy(got)) < 1e-4
+
+
+def uncoupled(model, share=0.5, seed=0):
+    """Zero filters of each layer by itself, and nothing else, as masks on weights do."""
+    generator = torch.Generator().manual_seed(seed)
+    count = 0
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.Conv2d):
+                rows = torch.randperm(m.out_channels, generator=generator)
+                rows = rows[: int(share * m.out_channels)]
+                m.weight[rows] = 0
+                count += len(rows)
+                if m.bias is not None:
+                    m.bias[rows] = 0
+    return count
+
+
+def filters(model):
+    return sum(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+# For each network the share of the filters, zeroed layer by layer, that can go.
+UNCOUPLED = {"resnet18": 0.5, "densenet121": 0.95, "mobilenet_v2": 0.9}
+LONG = {"vgg16_bn": 0.95, "efficientnet_b0": 0.5, "shufflenet_v2_x1_0": 0.6}
+
+
+@pytest.mark.parametrize(
+    "name", [*UNCOUPLED, *(pytest.param(n, marks=pytest.mark.long) for n in LONG)]
+)
+def test_filters_zeroed_layer_by_layer_go_at_any_resolution(name):
+    torch.manual_seed(0)
+    model = shake(tv.get_model(name, weights=None)).double().eval()
+    zeroed, before = uncoupled(model), filters(model)
+    sparse = copy.deepcopy(model)
+    x = images(2, 64, torch.float64)
+    pruner = Pruner(model, x)
+    pruner.prune_model()
+    gone = before - filters(model)
+    assert gone >= {**UNCOUPLED, **LONG}[name] * zeroed
+    for size in (64, 96, 80):
+        other = images(2, size, torch.float64, seed=size)
+        with torch.no_grad():
+            assert apart(sparse(other), model(other)) < 1e-10
