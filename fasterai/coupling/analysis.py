@@ -33,8 +33,8 @@ class Analysis:
         pinned: for pinned classes, why.
         mixed: for classes that an operation mixes, which; norms where nothing else does.
         grids: classes laid out in two or more dimensions, one for each grid of channels.
-        factors: classes of channels and the number with which they, or a product over them, are
-            multiplied in eval mode.
+        factors: for the first, second, ... multiplication with a number in eval mode, classes of
+            channels which are multiplied, or over which a product was taken, and the number.
         read: classes that a layer was seen to read.
         roles: what each dimension of a parameter does.
         order: parameters in the order in which they made channels.
@@ -49,7 +49,7 @@ class Analysis:
     pinned: Mapping[int, str]
     mixed: Mapping[int, str]
     grids: tuple[np.ndarray, ...]
-    factors: tuple[tuple[np.ndarray, float], ...]
+    factors: Mapping[int, tuple[np.ndarray, float]]
     read: np.ndarray
     roles: Mapping[Dim, str]
     order: tuple[str, ...]
@@ -108,7 +108,7 @@ def analyse(
         _pinned(classes, runs),
         _noted(classes, sorted(_mixed(runs), key=lambda note: note[1] == NORMALISED)),
         tuple(grids.values()),
-        tuple((np.unique(classes[over.numpy()]), value) for over, value in runs[0].factors),
+        {i: (np.unique(classes[over]), value) for i, (over, value) in runs[0].factors.items()},
         _read(classes, runs),
         _roles(runs),
         order,

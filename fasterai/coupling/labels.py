@@ -93,8 +93,8 @@ class Run:
         meetings: pairs of label vectors that belong together, position by position.
         pins: labels that cannot be removed, and why.
         mixed: labels whose channels an operation mixes (a layer norm), and which.
-        factors: labels of channels and the number with which they, or a product over them, are
-            multiplied.
+        factors: for the first, second, ... multiplication with a number, labels of channels which
+            are multiplied, or over which a product was taken, and the number.
         grids: labels of channels that a view or an operation splits into a grid; a cut must
             leave a grid.
         roles: what parameters' positions do.
@@ -109,7 +109,7 @@ class Run:
     meetings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
-    factors: list[tuple[Tensor, float]] = field(default_factory=list)
+    factors: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
     grids: list[Tensor] = field(default_factory=list)
     roles: set[tuple[Dim, str]] = field(default_factory=set)
     consumed: list[Tensor] = field(default_factory=list)
@@ -156,6 +156,7 @@ class Tracer(TorchDispatchMode):
         self.follow, self.engine = follow, engine
         self.said = Run()
         self.watch = watch
+        self.count = 0
         self.parameters = {name for name, _ in model.named_parameters()}
         self.fields = WeakTensorKeyDictionary()
         self.total = 1 + max((int(k.max()) for k in labels.values() if len(k)), default=0)
@@ -233,7 +234,8 @@ class Tracer(TorchDispatchMode):
         over = self.products.get(x)
         if over is None:
             over = next((f.labels.reshape(-1) for f in self.of(x) if f.dims), torch.zeros(0).long())
-        self.said.factors.append((over, value))
+        self.count += 1
+        self.said.factors[self.count] = over, value
 
     def grid(self, labels: Tensor) -> None:
         """Channels are laid out in a grid, which has to stay one; it may have a single line."""

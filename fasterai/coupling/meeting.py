@@ -378,7 +378,8 @@ def group_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         f = t.merge(f, [d for d in f.dims if d != 1])
         if groups < x.shape[1]:
             t.mix(f, NORMALISED)
-            t.grid(f.labels.reshape(groups, -1))
+            if groups > 1:
+                t.grid(f.labels.reshape(groups, -1))
     for p, role in ((weight, SCALE), (bias, SHIFT)):
         _affine(t, p, f, 1, role, "normalised with or as a tensor of fixed size")
     t.attach(out[0], [*(g for g in t.of(x) if 1 not in g.dims), f])

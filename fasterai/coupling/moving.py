@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .labels import FIXED, SHIFT, Field, Tracer
 
-__all__ = ["concatenation", "indexing", "movement", "padding", "parting", "stacking"]
+__all__ = ["concatenation", "indexing", "movement", "padding", "parting", "shuffling", "stacking"]
 
 
 def movement(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -89,6 +89,15 @@ def _one_head(f: Field | None, before: Tensor, after: Tensor) -> bool:
 
 def _full(f: Field, x: Tensor) -> Tensor:
     return f.labels.expand(x.shape)
+
+
+def shuffling(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Channel shuffle: groups of equal size are laid side by side."""
+    x, groups = args[:2]
+    for f in t.of(x):
+        if 1 in f.dims:
+            t.grid(f.labels.reshape(-1).reshape(groups, -1))
+    movement(t, func, args, kwargs, out)
 
 
 def _noted(t: Tracer, f: Field, labels: Tensor, func: Any) -> Field | None:

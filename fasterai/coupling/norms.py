@@ -68,9 +68,10 @@ class NarrowGroupNorm(nn.GroupNorm):
 
 def _widened(mean: Tensor, scale: Tensor, share: float, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / deviation of channels, where a `share` of them is left and the others are 0."""
-    variance = scale**-2 - eps
-    wide = mean * share
-    variance = share * (variance + (mean - wide).square()) + (1 - share) * wide.square()
+    left = mean.new_full((1,), share)  # no number: replay counts what networks multiply with
+    wide = mean * left
+    variance = scale**-2 - eps + (mean - wide).square()
+    variance = left * variance + (1 - left) * wide.square()
     return wide, (variance + eps).rsqrt()
 
 
@@ -105,12 +106,18 @@ def narrowed(
         elif isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels:
             width = getattr(module, "width", before // module.num_groups)
             attributes[module] = {"__class__": NarrowGroupNorm, "width": width}
-        elif eps is not None and not isinstance(module, nn.modules.batchnorm._NormBase):
+        elif (
+            eps is not None and "rms" in type(module).__name__.lower() or eps == "variance_epsilon"
+        ):
             value = getattr(module, eps)
             value = torch.finfo(module.weight.dtype).eps if value is None else value
             attributes[module] = {eps: value * before / after}
             scales[dim] = torch.full((before,), math.sqrt(before / after), dtype=torch.float64)
     return attributes, scales
+
+
+def _by_root_mean_square(module: nn.Module) -> bool:
+    return "rms" in type(module).__name__.lower() or hasattr(module, "variance_epsilon")
 
 
 def _channels_first(module: nn.Module) -> bool:

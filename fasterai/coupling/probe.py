@@ -102,7 +102,7 @@ def wiring(
     plan = cutting(model, coupling, axes, remove, exact=exact)
     try:
         with shadowed(model, plan, shapes=coupling.analysis.shapes):
-            alone = left_alone(axes, remove)
+            alone = left_alone(coupling, plan.kept)
             return None, replay(model, inputs, coupling, plan.kept, alone, quick=quick)
     except Exception as error:  # whatever a cut network may raise
         return broken(error), []
@@ -147,14 +147,14 @@ def broken(error: Exception) -> str:
     return f"cutting it breaks the network: {type(error).__name__}: {error}"
 
 
-def left_alone(axes: Sequence[Axis], remove: Removal) -> list[int]:
-    """Classes of the units that are left alone in their block."""
-    found = []
-    for a, units in remove.items():
-        axis, stays = axes[a], ~units
-        if int(stays.sum()) == axis.blocks:
-            found.extend(axis.classes[stays].tolist())
-    return found
+def left_alone(coupling: Coupling, kept: Mapping[Dim, Tensor]) -> list[int]:
+    """Classes that are left alone along a dimension: a single channel broadcasts, unlabelled."""
+    first, sizes = coupling.analysis.first, coupling.analysis.sizes
+    return [
+        int(coupling.analysis.classes[first[dim] + int(index[0])])
+        for dim, index in kept.items()
+        if len(index) == 1 < sizes[dim]
+    ]
 
 
 def settle(

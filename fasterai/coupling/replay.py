@@ -58,12 +58,11 @@ def replay(
 
 
 def _changed(
-    before: Sequence[tuple[np.ndarray, float]], after: Sequence[tuple[Tensor, float]]
+    before: Mapping[int, tuple[np.ndarray, float]], after: Mapping[int, tuple[Tensor, float]]
 ) -> list[Change]:
-    if len(before) != len(after):
-        return []
     found: dict[int, Change] = {}
-    for (classes, old), (_, new) in zip(before, after, strict=True):
+    for i, (classes, old) in before.items():
+        new = after[i][1] if i in after else old
         if old != new and old and new and len(classes):
             first = int(classes[0])
             ratio = found[first][1] if first in found else 1.0

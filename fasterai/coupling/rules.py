@@ -26,7 +26,7 @@ from .meeting import (
     note_factor,
     pointwise,
 )
-from .moving import concatenation, indexing, movement, padding, parting, stacking
+from .moving import concatenation, indexing, movement, padding, parting, shuffling, stacking
 from .positions import columns_of, over_dims, passes, reduction, sampling, softmax, spatial
 
 __all__ = ["RULES", "follow"]
@@ -58,8 +58,8 @@ def follow(
 
 
 def _unlabelled(t: Tracer, name: str, func: Any, args: tuple[Any, ...], out: Any) -> None:
-    """Products of channels and constants carry no labels."""
-    if args and isinstance(args[0], Tensor) and args[0] in t.products and isinstance(out, Tensor):
+    """Products of channels, single channels and constants carry no labels."""
+    if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
         note_factor(t, name.removesuffix("_"), args, out)
     _note_uniform(t, name, args, out)
 
@@ -102,12 +102,13 @@ def _table(kinds: Mapping[Rule, str]) -> dict[str, Rule]:
 RULES: dict[str, Rule] = _table(
     {
         movement: """view _unsafe_view reshape permute transpose t numpy_T unsqueeze squeeze
-            expand repeat roll flip unfold pixel_shuffle pixel_unshuffle channel_shuffle
-            native_channel_shuffle diagonal repeat_interleave tile movedim _reshape_alias
+            expand repeat roll flip unfold pixel_shuffle pixel_unshuffle
+            diagonal repeat_interleave tile movedim _reshape_alias
             as_strided_copy view_copy""",
         parting: "slice select split split_with_sizes unbind unsafe_split unsafe_chunk narrow",
         concatenation: "cat concatenate",
         stacking: "stack",
+        shuffling: "channel_shuffle native_channel_shuffle",
         padding: "constant_pad_nd",
         indexing: "index index_select gather take_along_dim",
         contraction: "mm addmm bmm baddbmm mv addmv dot",

@@ -98,8 +98,9 @@ class Trial:
                 return broken(error)
             if not apart.small:
                 return f"cutting it changes the outputs by {apart.relative:.2g} of the largest"
-            scaled = [int(c) for classes, _ in changes for c in classes]
-            if not self._same(remove, scaled, before.peaks, after.peaks):
+            unknown = [int(c) for classes, _ in changes for c in classes]
+            unknown += left_alone(self.coupling, plan.kept)  # a single channel carries no label
+            if not self._same(remove, unknown, before.peaks, after.peaks):
                 return "cutting it changes what arrives at other layers"
         self.apart, self.plan = apart or self.apart, plan
         return None
@@ -113,11 +114,10 @@ class Trial:
             self._dense = observe(self.model, self.inputs, self.coupling)
         return self._dense
 
-    def _same(self, remove: Removal, scaled: Sequence[int], before: Tensor, after: Tensor) -> bool:
+    def _same(self, remove: Removal, unknown: Sequence[int], before: Tensor, after: Tensor) -> bool:
         """Whether the channels that stay arrive as before; outputs may hide a small branch."""
         stays = torch.from_numpy(~gone(self.coupling, self.axes, remove))
-        stays[left_alone(self.axes, remove)] = False  # a single channel carries no label
-        stays[list(scaled)] = False
+        stays[list(unknown)] = False
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         channels = (x.classes[stays[x.classes]] for x in self.axes)
         return all(alike(before[c], after[c], dtype) for c in channels)
