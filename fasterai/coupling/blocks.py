@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 __all__ = ["Blocks", "find_blocks"]
 
@@ -47,7 +49,7 @@ def find_blocks(
     block = np.full(total, -1)
     place = np.zeros(total, dtype=np.int64)
     torn: list[np.ndarray] = []
-    together: list[np.ndarray] = []  # one class of each line of a grid
+    together: list[np.ndarray] = []  # the lines of each grid
     for grid in grids:
         lines = _lines(grid)
         if lines is None:
@@ -112,19 +114,10 @@ def _tied(
     count: int,
 ) -> np.ndarray:
     """Which blocks keep equally many: those of one grid, and those tied otherwise."""
-    parent = np.arange(count)
-
-    def root(b: int) -> int:
-        while parent[b] != b:
-            parent[b] = parent[parent[b]]
-            b = parent[b]
-        return b
-
+    pairs = [(int(block[a]), int(block[b])) for a, b in ties if min(block[a], block[b]) >= 0]
     for lines in together:
-        mine = np.unique(block[lines])
-        for b in mine[1:]:
-            parent[root(int(b))] = root(int(mine[0]))
-    for a, b in ties:
-        if block[a] >= 0 and block[b] >= 0:
-            parent[root(int(block[a]))] = root(int(block[b]))
-    return np.array([root(b) for b in range(count)], dtype=np.int64)
+        mine = np.unique(block[lines]).tolist()
+        pairs.extend((mine[0], b) for b in mine[1:])
+    left, right = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(count, count))
+    return connected_components(graph, directed=False)[1]

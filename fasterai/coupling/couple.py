@@ -100,28 +100,28 @@ def _try(
     generator = torch.Generator().manual_seed(0)
     some = {a: _some(axis, generator) for a, axis in enumerate(coupling.axes) if axis.bundles > 1}
 
-    def attempt(groups: list[list[int]]) -> str | None:
+    def attempt(groups: list[tuple[int, ...]]) -> str | None:
         remove = {a: some[a] for group in groups for a in group}
         return wiring(model, inputs, coupling, coupling.axes, remove, quick=True)[0]
 
-    failed: dict[int, str] = {}
-    groups = _siblings(coupling, list(some))
-    good = settle([], groups, attempt, failed)
+    failed: dict[tuple[int, ...], str] = {}
+    good = settle([], _siblings(coupling, list(some)), attempt, failed)
     if one_by_one:
-        torn = [group for group in groups if id(group) in failed and len(group) <= _FEW]
-        groups = [group for group in groups if group not in torn] + [[a] for g in torn for a in g]
-        settle(good, groups[-sum(map(len, torn)) :] if torn else [], attempt, failed)
-    return {a: failed[id(group)] for group in groups if id(group) in failed for a in group}
+        torn = [group for group in failed if 1 < len(group) <= _FEW]
+        for group in torn:
+            del failed[group]
+        settle(good, [(a,) for group in torn for a in group], attempt, failed)
+    return {a: reason for group, reason in failed.items() for a in group}
 
 
-def _siblings(coupling: Coupling, axes: Sequence[int]) -> list[list[int]]:
+def _siblings(coupling: Coupling, axes: Sequence[int]) -> list[tuple[int, ...]]:
     """Axes by the layers that make them, those at the same place of repeated blocks together."""
     alike: dict[tuple[object, ...], list[int]] = {}
     for a in axes:
         axis = coupling.axes[a]
         key = (*(re.sub(r"\d+", "#", p) for p in axis.producers[:2]), axis.blocks > 1, axis.mixed)
         alike.setdefault(key, []).append(a)
-    return list(alike.values())
+    return [tuple(group) for group in alike.values()]
 
 
 def _some(axis: Axis, generator: torch.Generator) -> Tensor:

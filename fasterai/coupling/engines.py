@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .labels import Field, Tracer
+from .inputs import map_tensors
+from .labels import Tracer
 
 __all__ = ["Muted", "Shapes", "numbers"]
 
@@ -48,9 +49,9 @@ class Shapes:
         if func in _OUTLINES:
             return _OUTLINES[func](*args)
         origin: dict[int, Tensor] = {}
-        swapped = _map((args, dict(kwargs)), lambda x: self._twin(x, origin))
+        swapped = map_tensors((args, dict(kwargs)), lambda x: self._twin(x, origin))
         out = func(*swapped[0], **swapped[1])
-        return _map(out, lambda x: self._original(t, x, origin)) if origin else out
+        return map_tensors(out, lambda x: self._original(t, x, origin)) if origin else out
 
     def _twin(self, x: Tensor, origin: dict[int, Tensor]) -> Tensor:
         if x.is_meta:
@@ -121,11 +122,8 @@ class Muted:
     def _mute(self, t: Tracer, x: Tensor) -> Tensor:
         for f in t.of(x):
             if f.source is None:
-                x = torch.where(self._heard(f).to(x.device), x, 0)
+                x = torch.where(self.alive[f.labels].to(x.device), x, 0)
         return x
-
-    def _heard(self, f: Field) -> Tensor:
-        return self.alive[f.labels]
 
 
 _READING = {
@@ -151,13 +149,3 @@ def _flat(tree: Any) -> list[Tensor]:
         elif isinstance(x, list | tuple):
             found.extend(_flat(x))
     return found
-
-
-def _map(tree: Any, change: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, list | tuple):
-        return type(tree)(_map(x, change) for x in tree)
-    if isinstance(tree, dict):
-        return {k: _map(x, change) for k, x in tree.items()}
-    return tree

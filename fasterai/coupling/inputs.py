@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Inputs", "plainly", "run_quietly", "tensors_in"]
+__all__ = ["Inputs", "map_tensors", "plainly", "run_quietly", "tensors_in"]
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,17 @@ class Inputs:
             return self
         first = _each_tensor(lambda x: x[:samples])
         return Inputs(*tree_map(first, (self.args, self.kwargs)), samples)
+
+
+def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """`change` applied to the tensors in the arguments of an operation: lists, tuples, dicts."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(x, change) for x in tree)
+    if isinstance(tree, dict):
+        return {k: map_tensors(x, change) for k, x in tree.items()}
+    return tree
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

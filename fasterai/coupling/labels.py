@@ -72,7 +72,7 @@ class Arrival:
         reader: the dimension of the weight that reads them; None where something else does.
         padded: zeros beside the map are read with it.
         biased: a bias is added to what the layer makes.
-        summed: no layer, but a sum over channels.
+        summed: no layer, but a reduction over channels.
     """
 
     labels: Tensor
@@ -139,7 +139,7 @@ class Tracer(TorchDispatchMode):
         model: the network that will run under it.
         labels: for each dimension, the labels of its positions.
         follow: passes labels through an operation: (tracer, operation, args, kwargs, result).
-        engine: executes the operations; see `shapes`.
+        engine: executes the operations; see `engines`.
         watch: note with what values each channel arrives at its consumers.
     """
 
@@ -168,7 +168,7 @@ class Tracer(TorchDispatchMode):
         for dim, known in labels.items():
             tensor = tensors[dim.parameter]
             if len(known) == 1 and tensor.ndim < 3:
-                continue  # what was cut to a single position broadcasts; of convs, see `shared`
+                continue  # cut to a single position, it broadcasts; of convs, see `_shared`
             shape = [1] * tensor.ndim
             shape[dim.dim] = -1
             self.fields[tensor] = (*self.fields.get(tensor, ()), Field(known.view(shape), dim))

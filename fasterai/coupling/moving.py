@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .inputs import map_tensors
 from .labels import FIXED, SHIFT, Field, Tracer
 
 __all__ = ["concatenation", "indexing", "movement", "padding", "parting", "shuffling", "stacking"]
@@ -174,9 +175,8 @@ def _even(t: Tracer, f: Field, x: Tensor, dim: int, outs: Sequence[Tensor], rest
             return False
     shape = list(f.labels.shape)
     if step > 1:
-        grid = f.labels.reshape(*shape[:dim], length, step, *shape[dim + 1 :]).transpose(
-            dim, dim + 1
-        )
+        grid = f.labels.reshape(*shape[:dim], length, step, *shape[dim + 1 :])
+        grid = grid.transpose(dim, dim + 1)
     else:
         grid = f.labels.reshape(*shape[:dim], size // length, length, *shape[dim + 1 :])
     t.grid(grid)
@@ -200,15 +200,15 @@ def _side_by_side(t: Tracer, parts: Sequence[Tensor], dim: int) -> Field | None:
         return None
     pieces = []
     for x, f in zip(parts, own, strict=True):
-        fixed = torch.full((1,) * x.ndim, FIXED)
-        pieces.append(f.labels if f else fixed.expand(*_only(dim, x)))
+        pieces.append(f.labels if f else _fixed(x, dim))
     shape = torch.broadcast_shapes(*(_without(p.shape, dim) for p in pieces))
     wide = [p.expand(*shape[:dim], p.shape[dim], *shape[dim + 1 :]) for p in pieces]
     return Field(torch.cat(wide, dim))
 
 
-def _only(dim: int, x: Tensor) -> list[int]:
-    return [n if d == dim else 1 for d, n in enumerate(x.shape)]
+def _fixed(x: Tensor, dim: int) -> Tensor:
+    """Labels, along a dimension of `x`, of what belongs to no parameter."""
+    return torch.full([n if d == dim else 1 for d, n in enumerate(x.shape)], FIXED)
 
 
 def _without(shape: Sequence[int], dim: int) -> list[int]:
@@ -252,10 +252,6 @@ def stacking(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     t.attach(out, [Field(compact(f.labels)) for f in fields])
 
 
-def _fixed(x: Tensor, dim: int) -> Tensor:
-    return torch.full((1,) * x.ndim, FIXED).expand(*_only(dim, x))
-
-
 def padding(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """A constant around the elements: it belongs to no channel."""
     x, pad = args[:2]
@@ -276,7 +272,7 @@ def indexing(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     fields = []
     for f in t.of(x):
         try:
-            moved = func(_full(f, x), *_known(rest), **kwargs)
+            moved = func(_full(f, x), *map_tensors(rest, _known), **kwargs)
         except _UnknownIndex:  # computed in the run: only along positions without labels
             moved = _by_any_index(f, x, func, rest, kwargs)
         if moved is None:
@@ -290,37 +286,19 @@ class _UnknownIndex(Exception):
     pass
 
 
-def _known(rest: Sequence[Any]) -> list[Any]:
-    found = []
-    for r in rest:
-        if isinstance(r, list | tuple):
-            found.append(_known(r))
-        elif isinstance(r, Tensor):
-            if r.is_meta:
-                raise _UnknownIndex
-            found.append(r.cpu())
-        else:
-            found.append(r)
-    return found
+def _known(index: Tensor) -> Tensor:
+    if index.is_meta:
+        raise _UnknownIndex
+    return index.cpu()
 
 
 def _by_any_index(
     f: Field, x: Tensor, func: Any, rest: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Tensor | None:
     """The result by some indices, where any others would give the same labels."""
-    moved = func(_full(f, x), *_zeros(rest), **kwargs)
+    moved = func(_full(f, x), *map_tensors(rest, _some), **kwargs)
     return moved if len(moved.unique()) == len(f.labels.unique()) else None
 
 
-def _zeros(rest: Sequence[Any]) -> list[Any]:
-    found: list[Any] = []
-    for r in rest:
-        if isinstance(r, list | tuple):
-            found.append(_zeros(r))
-        elif isinstance(r, Tensor):
-            found.append(
-                (torch.ones if r.dtype == torch.bool else torch.zeros)(r.shape, dtype=r.dtype)
-            )
-        else:
-            found.append(r)
-    return found
+def _some(index: Tensor) -> Tensor:
+    return torch.full(index.shape, index.dtype == torch.bool, dtype=index.dtype)

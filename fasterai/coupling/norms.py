@@ -97,18 +97,17 @@ def narrowed(
         before, after = sizes[dim], len(kept[dim])
         eps = next((e for e in ("eps", "variance_epsilon") if hasattr(module, e)), None)
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
-            maps = "2d" in type(module).__name__ or _channels_first(module)
-            attributes[module] = {
-                "__class__": NarrowLayerNorm,
-                "width": getattr(module, "width", before),
-                "channel_dim": getattr(module, "channel_dim", 1 if maps else -1),
-            }
+            if not isinstance(module, NarrowLayerNorm):
+                attributes[module] = {
+                    "__class__": NarrowLayerNorm,
+                    "width": before,
+                    "channel_dim": 1 if _over_maps(module) else -1,
+                }
         elif isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels:
-            width = getattr(module, "width", before // module.num_groups)
-            attributes[module] = {"__class__": NarrowGroupNorm, "width": width}
-        elif (
-            eps is not None and "rms" in type(module).__name__.lower() or eps == "variance_epsilon"
-        ):
+            if not isinstance(module, NarrowGroupNorm):
+                width = before // module.num_groups
+                attributes[module] = {"__class__": NarrowGroupNorm, "width": width}
+        elif eps is not None and _by_root_mean_square(module):
             value = getattr(module, eps)
             value = torch.finfo(module.weight.dtype).eps if value is None else value
             attributes[module] = {eps: value * before / after}
@@ -120,5 +119,7 @@ def _by_root_mean_square(module: nn.Module) -> bool:
     return "rms" in type(module).__name__.lower() or hasattr(module, "variance_epsilon")
 
 
-def _channels_first(module: nn.Module) -> bool:
-    return getattr(module, "data_format", "") == "channels_first"
+def _over_maps(module: nn.Module) -> bool:
+    """Whether a layer norm is one of those that normalise (N, C, H, W) over C."""
+    first = getattr(module, "data_format", "") == "channels_first"
+    return "2d" in type(module).__name__ or first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ __all__ = [
 
 # For some axes, by their place in the list of all: bool (size,), True = this unit goes.
 Removal = Mapping[int, Tensor]
-T = TypeVar("T")
+T = TypeVar("T", bound=Hashable)
 
 
 def gone(coupling: Coupling, axes: Sequence[Axis], remove: Removal) -> np.ndarray:
@@ -61,6 +61,7 @@ def cutting(
     coupling: Coupling,
     axes: Sequence[Axis],
     remove: Removal,
+    *,
     exact: bool = False,
     scales: Mapping[Dim, Tensor] = MappingProxyType({}),
     added: Mapping[str, Tensor] = MappingProxyType({}),
@@ -158,7 +159,7 @@ def left_alone(coupling: Coupling, kept: Mapping[Dim, Tensor]) -> list[int]:
 
 
 def settle(
-    good: list[T], more: list[T], attempt: Callable[[list[T]], str | None], failed: dict[int, str]
+    good: list[T], more: list[T], attempt: Callable[[list[T]], str | None], failed: dict[T, str]
 ) -> list[T]:
     """`good` with those of `more` that pass as well, found by halving where it fails.
 
@@ -166,7 +167,7 @@ def settle(
         good: what is known to pass.
         more: what to try with it.
         attempt: why such a list does not pass, or None.
-        failed: filled with the reasons of those that do not pass, by identity.
+        failed: filled with the reasons of those that do not pass.
     """
     if not more:
         return good
@@ -174,7 +175,7 @@ def settle(
     if reason is None:
         return good + more
     if len(more) == 1:
-        failed[id(more[0])] = reason
+        failed[more[0]] = reason
         return good
     for part in (more[: len(more) // 2], more[len(more) // 2 :]):
         good = settle(good, part, attempt, failed)

@@ -253,11 +253,10 @@ def _axis(
     reasons: Mapping[int, str],
 ) -> Axis:
     names = classes.tolist()
-    block = blocks.block[classes]
-    if (block >= 0).all():
-        block = np.unique(block, return_inverse=True)[1]
-    else:
-        block = np.zeros_like(classes)
+    block, place = np.zeros_like(classes), np.arange(len(classes))
+    if (blocks.block[classes] >= 0).all():
+        block = np.unique(blocks.block[classes], return_inverse=True)[1]
+        place = blocks.place[classes]
     axis = Axis(
         slots[0].module,
         len(classes),
@@ -265,7 +264,7 @@ def _axis(
         tuple(reasons.get(c) for c in names),
         torch.from_numpy(classes),
         torch.from_numpy(block),
-        torch.from_numpy(blocks.place[classes]),
+        torch.from_numpy(place),
         _mixed([analysis.mixed[c] for c in names if c in analysis.mixed]),
     )
     if axis.blocks > 1 and not axis.bundles:

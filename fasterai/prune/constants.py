@@ -60,47 +60,45 @@ class Constants:
             for i, x in enumerate(runs[0].arrivals)
         ]
         self._keeper: dict[int, int] = {}
-        self._value: dict[int, float] = {}  # the largest with which a class arrives
+        self._seen: dict[
+            int, list[tuple[_Reader, float]]
+        ] = {}  # where a class arrives, and as what
         for r in self._readers:
-            for c, v in zip(r.labels.tolist(), r.value.abs().tolist(), strict=True):
-                known = self._value.get(c, 0.0)
-                self._value[c] = nan if isnan(v) or isnan(known) else max(v, known)
+            for c, v in zip(r.labels.tolist(), r.value.tolist(), strict=True):
+                self._seen.setdefault(c, []).append((r, v))
 
     def removable(self, axis: Axis) -> tuple[list[int], dict[int, str]]:
         """The units of an axis whose constants can be made good, and why others cannot.
 
         Only units that zero weights make constant, wherever they are read, are among either.
         """
-        still = {c: u for u, c in enumerate(axis.classes.tolist()) if self._value.get(c, nan) >= 0}
-        loud = {c for c in still if self._value[c] > 0}
-        stuck: set[int] = set()
-        padded: list[dict[int, float]] = []
-        for r in self._readers:
-            mine = {
-                c: v
-                for c, v in zip(r.labels.tolist(), r.value.tolist(), strict=True)
-                if c in loud and v != 0
-            }
-            if mine and r.weight is None:
-                stuck.update(mine)
-            elif mine and r.target is None:
-                padded.append(mine)
-        keeper = _keeper(padded, stuck)
+        still = {
+            c: u
+            for u, c in enumerate(axis.classes.tolist())
+            if c in self._seen and not any(isnan(v) for _, v in self._seen[c])
+        }
+        heard = {c: [r for r, v in self._seen[c] if v != 0] for c in still}
+        stuck = {c for c in still if any(r.weight is None for r in heard[c])}
+        padded = {c: {id(r) for r in heard[c] if r.target is None} for c in still}
+        collapsing = [c for c in still if padded[c] and c not in stuck]
+        keeper = max(collapsing, key=lambda c: (len(padded[c]), self._loudest(c)), default=None)
         reasons: dict[int, str] = {}
         go = []
         for c, u in still.items():
-            mine = [values for values in padded if c in values]
             if c in stuck:
-                reasons[u] = f"the constant {self._value[c]:.3g} it arrives as has nowhere to go"
-            elif mine and c == keeper:
+                reasons[u] = f"the constant {self._loudest(c):.3g} it arrives as has nowhere to go"
+            elif c == keeper:
                 reasons[u] = "it stands in for other constant channels"
-            elif any(keeper not in values for values in mine):
+            elif keeper is not None and not padded[c] <= padded[keeper]:
                 reasons[u] = "no other constant channel can stand in for it"
             else:
                 go.append(u)
-                if mine and keeper is not None:
+                if padded[c] and keeper is not None:
                     self._keeper[c] = keeper
         return go, reasons
+
+    def _loudest(self, c: int) -> float:
+        return max(abs(v) for _, v in self._seen[c])
 
     def added(self, gone: np.ndarray) -> dict[str, Tensor]:
         """What to add to parameters and buffers, in full size, where these classes go.
@@ -155,17 +153,6 @@ def _target(x: Arrival, run: Run, tensors: Mapping[str, Tensor]) -> tuple[str, f
     if name in run.followed and run.used.get(name) == 1:
         return run.followed[name], -1.0
     return None
-
-
-def _keeper(padded: Sequence[Mapping[int, float]], stuck: set[int]) -> int | None:
-    """The class that can stand in at most padded readers, by the largest constants."""
-    total: dict[int, tuple[int, float]] = {}
-    for values in padded:
-        for c, v in values.items():
-            if c not in stuck:
-                n, size = total.get(c, (0, 0.0))
-                total[c] = n + 1, size + abs(v)
-    return max(total, key=lambda c: total[c], default=None)
 
 
 def _add(found: dict[str, Tensor], name: str, like: Tensor, more: Tensor) -> None:

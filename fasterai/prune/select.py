@@ -87,10 +87,10 @@ def ranked_units(
         widths=[axes[a].blocks for a in ranked],
         limits=limits,
     )
-    chosen = zip(ranked, bundles, marks, strict=True)
-    return {
-        a: _marked(axes[a], units[mark].flatten().cpu()) for a, (_, units), mark in chosen
-    }, stay
+    remove = {}
+    for a, (_, units), mark in zip(ranked, bundles, marks, strict=True):
+        remove[a] = _marked(axes[a], units[mark.cpu()].flatten())
+    return remove, stay
 
 
 def _marked(axis: Axis, units: Tensor) -> Tensor:

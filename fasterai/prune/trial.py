@@ -61,21 +61,12 @@ class Trial:
 
     def settle(self, wanted: Removal) -> Removal:
         """Those of the axes that can be cut together, found by halving where it fails."""
-        whole = [a for a in wanted if self._exact or self.axes[a].mixed is None]
-        mixed = [a for a in wanted if a not in whole]
-        failed: dict[int, str] = {}
+        mixed = [a for a in wanted if not self._exact and self.axes[a].mixed is not None]
         good: list[int] = []
-        for axes in (whole, mixed):
-            # each axis in a list of its own, for settle() knows them by identity
-            items = [[a] for a in axes]
-            done = settle(
-                [[a] for a in good],
-                items,
-                lambda found: self._attempt({a: wanted[a] for (a,) in found}),
-                failed,
+        for more in ([a for a in wanted if a not in mixed], mixed):
+            good = settle(
+                good, more, lambda found: self._attempt({a: wanted[a] for a in found}), self.failed
             )
-            good = [a for (a,) in done]
-            self.failed.update({a: failed[id(i)] for i in items for a in i if id(i) in failed})
         return {a: wanted[a] for a in good}
 
     def _attempt(self, remove: Removal) -> str | None:
