@@ -7,6 +7,8 @@ transformer of a billion parameters that exists as shapes only.
 
 import argparse
 import math
+import multiprocessing
+import queue
 import resource
 import time
 
@@ -32,19 +34,43 @@ def ours(model, x, verify):
     return seconds(lambda: Pruner(model, x).prune_model(0.5, verify=verify))
 
 
-def peer(model, x):
+def fresh(name):
+    """A network that ran once, and an image."""
+    x, model = torch.randn(1, 3, 224, 224), torchvision.models.get_model(name, weights=None).eval()
+    with torch.no_grad():
+        model(x)
+    return model, x
+
+
+def peer(name, results):
     """Torch-pruning's graph and all its groups."""
     import torch_pruning as tp
 
-    def work():
+    def work(model, x):
         graph = tp.DependencyGraph().build_dependency(model, example_inputs=x)
         for _ in graph.get_all_groups():
             pass
 
+    work(*fresh("resnet18"))  # warm, as ours
+    model, x = fresh(name)
     try:
-        return f"{seconds(work):.2f} s"
+        results.put(f"{seconds(lambda: work(model, x)):.2f} s")
     except Exception as error:
-        return type(error).__name__
+        results.put(type(error).__name__)
+
+
+def limited(work, limit, *args):
+    """What `work` puts into its queue, in a process of its own, or that it took too long."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=work, args=(*args, results))
+    process.start()
+    try:
+        return results.get(timeout=limit)
+    except queue.Empty:
+        return f"> {limit} s"
+    finally:
+        process.kill()
 
 
 class Block(nn.Module):
@@ -88,18 +114,16 @@ def main():
     parser.add_argument("--depths", nargs="*", type=int, default=DEPTHS)
     parser.add_argument("--billion", action="store_true")
     parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--limit", type=float, default=60, help="seconds for the peer")
     args = parser.parse_args()
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {threads} threads, one image of 224 x 224")
     print("| network | cut, wiring proved | cut, numbers too | torch-pruning, graph and groups |")
     print("| --- | --- | --- | --- |")
+    ours(*fresh("resnet18"), verify=True)  # the first run loads and compiles
     for name in args.networks:
-        x, model = torch.randn(1, 3, 224, 224), torchvision.models.get_model(name, weights=None)
-        with torch.no_grad():
-            model.eval()(x)
-        theirs = "" if args.no_peer else peer(model, x)
-        wired = ours(torchvision.models.get_model(name, weights=None).eval(), x, verify=False)
-        proved = ours(torchvision.models.get_model(name, weights=None).eval(), x, verify=True)
+        theirs = "" if args.no_peer else limited(peer, args.limit, name)
+        wired, proved = ours(*fresh(name), verify=False), ours(*fresh(name), verify=True)
         print(f"| {name} | {wired:.2f} s | {proved:.2f} s | {theirs} |", flush=True)
     took = {}
     for depth in args.depths:

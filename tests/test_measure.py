@@ -69,7 +69,7 @@ def test_measuring_leaves_no_trace():
 
 
 def test_layer_costs():
-    table = layer_costs(make(Plain), images()).set_index("layer")
+    table = layer_costs(make(Plain), macs(make(Plain), images())).set_index("layer")
     assert table.loc["b", ["in", "out", "parameters"]].tolist() == [8, 12, 12 * 8 * 9 + 12]
     assert table.loc["total", "parameters"] == table["parameters"].iloc[:-1].sum()
 

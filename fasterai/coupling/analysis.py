@@ -57,16 +57,23 @@ class Analysis:
     trains: bool
     shapes: bool
 
+    def own(self, dim: Dim) -> np.ndarray:
+        """The classes of the positions along a dimension."""
+        return self.classes[self.first[dim] : self.first[dim] + self.sizes[dim]]
+
     @cached_property
-    def producers(self) -> dict[int, set[str]]:
-        """For each class the parameters that produce it."""
-        found: dict[int, set[str]] = {}
-        for dim, role in self.roles.items():
-            if role == PRODUCE:
-                mine = self.classes[self.first[dim] : self.first[dim] + self.sizes[dim]]
-                for c in np.unique(mine).tolist():
-                    found.setdefault(c, set()).add(dim.parameter)
-        return found
+    def makers(self) -> tuple[frozenset[str], ...]:
+        """For each grid the parameters that produce its channels."""
+        made = [dim for dim, role in self.roles.items() if role == PRODUCE]
+        owner = np.repeat(np.arange(len(made)), [self.sizes[dim] for dim in made])
+        shown = np.concatenate([np.zeros(0, dtype=np.int64), *(self.own(dim) for dim in made)])
+        found = []
+        for grid in self.grids:
+            inside = np.zeros(len(self.classes) + 1, dtype=bool)  # the last one for FIXED
+            inside[grid] = True
+            names = {made[i].parameter for i in np.unique(owner[inside[shown]]).tolist()}
+            found.append(frozenset(names))
+        return tuple(found)
 
 
 def analyse(
@@ -84,21 +91,22 @@ def analyse(
     """
     first, total = _number(model)
     classes = _classes(np.arange(total), [], joined)
-    runs: list[Run] = []
-    begin: list[Run] = []
-    trains = shapes = True
+    evaluated: list[Run] = []
+    trained: list[Run] = []
+    shapes = True
     for _ in range(_ROUNDS):
-        labels = _labels(model, first, classes)
-        run, shapes = _evaluate(model, inputs, labels, shapes)
-        runs = [run]
-        if trains:
-            trained = _train(model, inputs, labels, shapes)
-            trains = trained is not None
-            runs.extend(trained or ())
-        before, classes = classes, _classes(classes, runs, ())
-        begin = begin or runs
-        if not any(run.grids for run in runs) or np.array_equal(before, classes):
+        for _ in range(_ROUNDS):
+            run, shapes = _evaluate(model, inputs, _labels(model, first, classes), shapes)
+            evaluated.append(run)
+            before, classes = classes, _classes(classes, [run], ())
+            if not run.grids or np.array_equal(before, classes):
+                break
+        trained = _train(model, inputs, _labels(model, first, classes), shapes)
+        before, classes = classes, _classes(classes, trained, ())
+        if not any(run.grids for run in trained) or np.array_equal(before, classes):
             break
+    runs = [evaluated[-1], *trained]
+    begin = [evaluated[0], *trained]
     order = tuple(dict.fromkeys(name for run in begin for name in run.order))
     grids = {(g.shape, g.tobytes()): g for g in _grids(classes, runs)}
     return Analysis(
@@ -113,7 +121,7 @@ def analyse(
         _roles(runs),
         order,
         _outputs(begin, first, order),
-        trains,
+        bool(trained),
         shapes,
     )
 
@@ -137,13 +145,13 @@ def _evaluate(
 
 def _train(
     model: nn.Module, inputs: Inputs, labels: Mapping[Dim, Tensor], shapes: bool
-) -> list[Run] | None:
+) -> list[Run]:
     for sized in (inputs.at_least(2), inputs):  # a norm wants more than one sample in training
         try:
             return [run_labels(model, sized, labels, training=True, shapes=shapes)]
         except Exception:  # a network that only evaluates; what it does in training does not count
             continue
-    return None
+    return []
 
 
 def _number(model: nn.Module) -> tuple[dict[Dim, int], int]:
@@ -173,10 +181,16 @@ def _classes(
     pairs = [(_vector(a), _vector(b)) for run in runs for a, b in run.meetings]
     pairs += list(joined)
     total = len(known)
-    left = np.concatenate([np.arange(total), *(a for a, _ in pairs)])
-    right = np.concatenate([known, *(b for _, b in pairs)])
-    real = (left >= 0) & (right >= 0)
-    left, right = left[real], right[real]
+    left, right = (
+        np.concatenate([np.zeros(0, dtype=np.int64), *side])
+        for side in ([a for a, _ in pairs], [b for _, b in pairs])
+    )
+    new = (left >= 0) & (right >= 0) & (left != right)
+    if not new.any():
+        return known
+    moved = np.flatnonzero(known != np.arange(total))
+    left = np.concatenate([moved, left[new]])
+    right = np.concatenate([known[moved], right[new]])
     graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(total, total))
     found = connected_components(graph, directed=False)[1]
     name = np.full(found.max(initial=-1) + 1, total, dtype=np.int64)
@@ -200,12 +214,14 @@ def _mixed(runs: Sequence[Run]) -> list[tuple[Tensor, str]]:
 
 def _noted(classes: np.ndarray, notes: Sequence[tuple[Tensor, str]]) -> dict[int, str]:
     """The first reason given for each class."""
-    reasons: dict[int, str] = {}
-    for labels, reason in notes:
-        known = _vector(labels)
-        for c in np.unique(classes[known[known >= 0]]).tolist():
-            reasons.setdefault(c, reason)
-    return reasons
+    if not notes:
+        return {}
+    labels = np.concatenate([_vector(labels) for labels, _ in notes])
+    note = np.repeat(np.arange(len(notes)), [len(labels) for labels, _ in notes])
+    real = labels >= 0
+    noted, at = np.unique(classes[labels[real]], return_index=True)
+    which = note[real][at].tolist()
+    return {c: notes[i][1] for c, i in zip(noted.tolist(), which, strict=True)}
 
 
 def _grids(classes: np.ndarray, runs: Sequence[Run]) -> list[np.ndarray]:

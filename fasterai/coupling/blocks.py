@@ -50,14 +50,13 @@ def find_blocks(
     place = np.zeros(total, dtype=np.int64)
     torn: list[np.ndarray] = []
     together: list[np.ndarray] = []  # the lines of each grid
+    count = 0
     for grid in grids:
         lines = _lines(grid)
         if lines is None:
             torn.append(np.unique(grid[grid >= 0]))
             continue
-        row = np.full(total, -1)
-        row[lines] = np.arange(len(lines))[:, None]
-        _refine(block, row)
+        count = _refine(block, lines, count)
         place[lines] = np.arange(lines.shape[1])
         together.append(lines)
     inside = block >= 0
@@ -89,12 +88,12 @@ def _lines(grid: np.ndarray) -> np.ndarray | None:
     return None
 
 
-def _refine(block: np.ndarray, row: np.ndarray) -> None:
-    """Split blocks so that none lies in two rows."""
-    wide = row.max(initial=0) + 2
-    inside = (row >= 0) | (block >= 0)
-    block[inside] = (block[inside] + 1) * wide + row[inside] + 1
-    block[inside] = np.unique(block[inside], return_inverse=True)[1]
+def _refine(block: np.ndarray, lines: np.ndarray, count: int) -> int:
+    """Split the `count` blocks so that none lies in two lines, or half in one; how many then."""
+    pairs = block[lines] * len(lines) + np.arange(len(lines))[:, None]
+    names, fresh = np.unique(pairs, return_inverse=True)
+    block[lines] = count + fresh.reshape(lines.shape)
+    return count + len(names)
 
 
 def _ranks(block: np.ndarray, place: np.ndarray) -> np.ndarray:

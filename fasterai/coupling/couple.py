@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -78,8 +78,7 @@ def _assemble(model: nn.Module, analysis: Analysis, found: _Found) -> Coupling:
     if not reasons:
         return coupling
     axes = [_with_pins(axis, reasons) for axis in coupling.axes]
-    pinned = {**reasons, **coupling.analysis.pinned}
-    return Coupling(tuple(axes), replace(coupling.analysis, pinned=pinned))
+    return Coupling(tuple(axes), analysis, {**reasons, **coupling.reasons})
 
 
 def _with_pins(axis: Axis, reasons: dict[int, str]) -> Axis:
@@ -102,7 +101,7 @@ def _try(
 
     def attempt(groups: list[tuple[int, ...]]) -> str | None:
         remove = {a: some[a] for group in groups for a in group}
-        return wiring(model, inputs, coupling, coupling.axes, remove, quick=True)[0]
+        return wiring(model, inputs, coupling, coupling.axes, remove, modes=[False])[0]
 
     failed: dict[tuple[int, ...], str] = {}
     good = settle([], _siblings(coupling, list(some)), attempt, failed)
@@ -174,11 +173,14 @@ def _tie(
         if not any(a in reads[other] for other in failed if other not in reads[a]):
             for r in reads[a]:
                 readers.setdefault(r, []).append(a)
+    everything = [(r, *own) for r, own in readers.items()]
+    if len(everything) > 1 and _tie_together(model, inputs, coupling, everything, found):
+        return True
     saved = False
     for r, own in readers.items():
         parts = _siblings(coupling, own)
         for group in (own, *(parts if len(parts) > 1 else ())):
-            if _tie_together(model, inputs, coupling, (r, *group), found):
+            if _tie_together(model, inputs, coupling, [(r, *group)], found):
                 saved = True
                 if group is own:
                     break
@@ -186,21 +188,29 @@ def _tie(
 
 
 def _tie_together(
-    model: nn.Module, inputs: Inputs, coupling: Coupling, group: Sequence[int], found: _Found
+    model: nn.Module,
+    inputs: Inputs,
+    coupling: Coupling,
+    groups: Sequence[Sequence[int]],
+    found: _Found,
 ) -> bool:
-    axes = [coupling.axes[a] for a in group]
-    places = min(x.size // x.blocks for x in axes)
-    if places < 2 or any(len(x.free) < x.size or not _divides(x, places) for x in axes):
+    """Tie the axes of each group, where the network can be cut so; whether it can."""
+    remove: dict[int, Tensor] = {}
+    tied: list[list[np.ndarray]] = []
+    for group in groups:
+        axes = [coupling.axes[a] for a in group]
+        places = min(x.size // x.blocks for x in axes)
+        if places < 2 or any(len(x.free) < x.size or not _divides(x, places) for x in axes):
+            return False
+        tied.append([x.classes[_in_places(x)].view(-1, places).numpy() for x in axes])
+        for a, axis, grid in zip(group, axes, tied[-1], strict=True):
+            lost = torch.from_numpy(grid[:, places // 2 :]).flatten()
+            remove[a] = torch.isin(axis.classes, lost)
+    if wiring(model, inputs, coupling, coupling.axes, remove, modes=[False])[0] is not None:
         return False
-    grids = [x.classes[_in_places(x)].view(-1, places).numpy() for x in axes]
-    remove = {}
-    for a, axis, grid in zip(group, axes, grids, strict=True):
-        lost = torch.from_numpy(grid[:, places // 2 :]).flatten()
-        remove[a] = torch.isin(axis.classes, lost)
-    if wiring(model, inputs, coupling, coupling.axes, remove, quick=True)[0] is not None:
-        return False
-    found.grids.extend(grids)
-    found.ties.extend((int(grids[0][0, 0]), int(g[0, 0])) for g in grids[1:])
+    for grids in tied:
+        found.grids.extend(grids)
+        found.ties.extend((int(grids[0][0, 0]), int(g[0, 0])) for g in grids[1:])
     return True
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .inputs import map_tensors
+from .inputs import map_tensors, operands_in
 from .labels import Tracer
 
 __all__ = ["Muted", "Shapes", "numbers"]
@@ -40,14 +40,17 @@ class Shapes:
     def __call__(
         self, t: Tracer, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        if not any(_abstract(t, x) for x in _flat((args, tuple(kwargs.values())))):
+        if not any(_abstract(t, x) for x in operands_in((*args, *kwargs.values()))):
             if kwargs.get("device") == _META:
                 kwargs = {**kwargs, "device": self.device}
             return func(*args, **kwargs)
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": _META}
-        if func in _OUTLINES:
-            return _OUTLINES[func](*args)
+        outline = _OUTLINES.get(func)
+        if outline is not None:
+            out = outline(*args)
+            if out is not None:
+                return out
         origin: dict[int, Tensor] = {}
         swapped = map_tensors((args, dict(kwargs)), lambda x: self._twin(x, origin))
         out = func(*swapped[0], **swapped[1])
@@ -71,34 +74,78 @@ class Shapes:
         return known
 
 
+# --- what common operations make, where PyTorch takes its time to find that out -------------------
+
+
+def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return x.new_empty(shape, device=_META)
+
+
 def _same(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, device=_META)
+    return _empty(x, x.shape) if x.is_contiguous() else torch.empty_like(x, device=_META)
+
+
+def _dropped(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _same(x), torch.empty_like(x, dtype=torch.bool, device=_META)
+
+
+def _met(a: Tensor, b: Tensor | float, *_: Any) -> Tensor | None:
+    """A sum or product of two; None where types or layouts differ and PyTorch has to tell."""
+    if not a.is_floating_point():
+        return None
+    if not isinstance(b, Tensor):
+        return None if isinstance(b, complex) else _same(a)
+    if a.dtype != b.dtype or not (a.is_contiguous() and b.is_contiguous()):
+        return None
+    return _empty(a, a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape))
+
+
+def _multiplied(a: Tensor, b: Tensor) -> Tensor:
+    return _empty(a, (*a.shape[:-1], b.shape[-1]))
+
+
+def _added_and_multiplied(_: Tensor, a: Tensor, b: Tensor, *__: Any) -> Tensor:
+    return _multiplied(a, b)
 
 
 def _batch_normalised(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _same(x), torch.empty(0, device=_META), torch.empty(0, device=_META)
+    return _same(x), _empty(x, (0,)), _empty(x, (0,))
 
 
 def _layer_normalised(x: Tensor, over: Sequence[int], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     shape = [*x.shape[: x.ndim - len(over)], *[1] * len(over)]
-    statistics = torch.empty(shape, dtype=x.dtype, device=_META)
-    return _same(x), statistics, statistics.clone()
+    return _same(x), _empty(x, shape), _empty(x, shape)
 
 
-# What common operations make, where PyTorch takes its time to find that out.
 _OUTLINES: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.native_layer_norm.default: _layer_normalised,
     torch.ops.aten.native_batch_norm.default: _batch_normalised,
-    torch.ops.aten._softmax.default: _same,
-    torch.ops.aten._safe_softmax.default: _same,
-    torch.ops.aten.relu.default: _same,
-    torch.ops.aten.gelu.default: _same,
-    torch.ops.aten.silu.default: _same,
-    torch.ops.aten.sigmoid.default: _same,
-    torch.ops.aten.tanh.default: _same,
-    torch.ops.aten.hardswish.default: _same,
-    torch.ops.aten.hardsigmoid.default: _same,
-    torch.ops.aten.hardtanh.default: _same,
+    torch.ops.aten.native_dropout.default: _dropped,
+    torch.ops.aten.mm.default: _multiplied,
+    torch.ops.aten.bmm.default: _multiplied,
+    torch.ops.aten.addmm.default: _added_and_multiplied,
+    torch.ops.aten.add.Tensor: _met,
+    torch.ops.aten.sub.Tensor: _met,
+    torch.ops.aten.mul.Tensor: _met,
+    torch.ops.aten.div.Tensor: _met,
+    torch.ops.aten.mul.Scalar: _met,
+    torch.ops.aten.div.Scalar: _met,
+    **dict.fromkeys(
+        (
+            torch.ops.aten._softmax.default,
+            torch.ops.aten._safe_softmax.default,
+            torch.ops.aten.relu.default,
+            torch.ops.aten.gelu.default,
+            torch.ops.aten.silu.default,
+            torch.ops.aten.sigmoid.default,
+            torch.ops.aten.tanh.default,
+            torch.ops.aten.hardswish.default,
+            torch.ops.aten.hardsigmoid.default,
+            torch.ops.aten.hardtanh.default,
+            torch.ops.aten.roll.default,
+        ),
+        _same,
+    ),
 }
 
 
@@ -121,7 +168,7 @@ class Muted:
 
     def _mute(self, t: Tracer, x: Tensor) -> Tensor:
         for f in t.of(x):
-            if f.source is None:
+            if f.source is None and not self.alive[f.labels].all():
                 x = torch.where(self.alive[f.labels].to(x.device), x, 0)
         return x
 
@@ -138,14 +185,3 @@ _READING = {
 
 def _abstract(t: Tracer, x: Tensor) -> bool:
     return x.is_meta or x in t.fields
-
-
-def _flat(tree: Any) -> list[Tensor]:
-    """The tensors in nested lists and tuples."""
-    found: list[Tensor] = []
-    for x in tree:
-        if isinstance(x, Tensor):
-            found.append(x)
-        elif isinstance(x, list | tuple):
-            found.extend(_flat(x))
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Inputs", "map_tensors", "plainly", "run_quietly", "tensors_in"]
+__all__ = ["Inputs", "map_tensors", "operands_in", "plainly", "run_quietly", "tensors_in"]
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,15 @@ class Inputs:
     def fitting(cls, model: nn.Module, example_inputs: Any) -> Inputs:
         """At most two samples, where the model runs on so few; else the inputs as they are.
 
+        Inputs that were fitted before are taken as they are.
+
         Raises:
             ValueError: the model cannot run on them, they lie on another device, or the model
                 has lazy layers that never ran.
         """
+        if isinstance(example_inputs, Inputs):
+            return example_inputs
         few, whole = cls.of(example_inputs), cls.of(example_inputs, samples=None)
-        if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-            raise TypeError("a ScriptModule cannot be traced: pass the model it was made from")
-        if any(is_lazy(p) for p in model.parameters()):
-            raise ValueError("the model has lazy layers: run it once on a batch first")
         few.check(model)
         whole = Inputs(whole.args, whole.kwargs, None)
         for inputs in (few, whole):
@@ -121,6 +121,15 @@ class Inputs:
 
         return Inputs(*tree_map(_each_tensor(other), (self.args, self.kwargs)), self.samples)
 
+    def beside(self, other: Inputs) -> Inputs:
+        """One batch of the samples of both, which have the same form and a batch dimension."""
+        both = tree_map(
+            lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a,
+            (self.args, self.kwargs),
+            (other.args, other.kwargs),
+        )
+        return Inputs(*both, 2 * (self.samples or 0))
+
     def copies(self) -> Inputs:
         """The same inputs in tensors of their own, for a forward that writes into them."""
         args, kwargs = tree_map(_each_tensor(Tensor.clone), (self.args, self.kwargs))
@@ -141,7 +150,11 @@ class Inputs:
         return tensors_in((self.args, self.kwargs))
 
     def check(self, model: nn.Module) -> None:
-        """Refuse inputs that lie on another device than the model."""
+        """Refuse models that cannot be traced, and inputs on another device than the model."""
+        if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+            raise TypeError("a ScriptModule cannot be traced: pass the model it was made from")
+        if any(is_lazy(p) for p in model.parameters()):
+            raise ValueError("the model has lazy layers: run it once on a batch first")
         device = next((p.device for p in model.parameters()), None)
         for x in self.tensors:
             if device is not None and x.device != device and device.type != "meta":
@@ -166,6 +179,17 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(tree, dict):
         return {k: map_tensors(x, change) for k, x in tree.items()}
     return tree
+
+
+def operands_in(tree: Sequence[Any]) -> list[Tensor]:
+    """The tensors in the arguments of an operation, which nest in lists and tuples alone."""
+    found: list[Tensor] = []
+    for x in tree:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, list | tuple):
+            found.extend(operands_in(x))
+    return found
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

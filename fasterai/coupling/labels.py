@@ -258,7 +258,7 @@ class Tracer(TorchDispatchMode):
         self.mark(rows, PRODUCE)
         if self.watch and rows is not None and rows.source is not None:
             others = [d for d in range(weight.ndim) if d not in rows.dims]
-            alive = (weight != 0).any(others) if others else weight != 0
+            alive = weight.any(others) if others else weight != 0
             moving = self.moving.get(out)
             moving = torch.zeros(self.total, dtype=torch.bool) if moving is None else moving
             moving[rows.labels.reshape(-1)[alive.reshape(-1).cpu()]] = True

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inputs import tensors_in
+from .inputs import operands_in
 from .labels import CONSUME, FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Field, Tracer
 
 __all__ = [
@@ -27,11 +27,8 @@ __all__ = [
 def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Element by element: labels along a common dimension join; a fixed size holds them."""
     name = func._schema.name.removeprefix("aten::").removesuffix("_")
-    result = out if isinstance(out, Tensor) else tensors_in(out)[0]
-    operands = [
-        (x, *_aligned(t, x, result.ndim))
-        for x in (*tensors_in(args), *tensors_in(tuple(kwargs.values())))
-    ]
+    result = out if isinstance(out, Tensor) else operands_in((out,))[0]
+    operands = [(x, *_aligned(t, x, result.ndim)) for x in operands_in((*args, *kwargs.values()))]
     everything = [f for _, _, fields in operands for f in fields]
     filled = args[2:] if name == "masked_fill" else args[1:] if name == "where" else ()
     if any(not t.of(v) and _not_zero(v) for v in filled):

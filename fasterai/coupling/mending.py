@@ -46,11 +46,11 @@ def mends(
         if analysis.roles.get(dim) == PRODUCE and old != len(index):
             for name in _around(dim.parameter):
                 rows.setdefault(name, {}).setdefault(old, set()).add(len(index))
-    for grid in analysis.grids:
+    for grid, makers in zip(analysis.grids, analysis.makers, strict=True):
         changes = _shrunk(grid, gone)
         if not changes:
             continue
-        for name in {m for p in _parameters(grid, analysis.producers) for m in _around(p)}:
+        for name in {m for p in makers for m in _around(p)}:
             for d, (old, new) in changes.items():
                 if d < grid.ndim - 1:
                     numbers.setdefault(name, {}).setdefault(old, set()).add(new)
@@ -71,19 +71,15 @@ def shared_sizes(model: nn.Module, analysis: Analysis) -> list[tuple[int, int]]:
     modules = dict(model.named_modules())
     first: dict[tuple[str, str], int] = {}
     pairs = []
-    for grid in analysis.grids:
+    for grid, makers in zip(analysis.grids, analysis.makers, strict=True):
         if (grid < 0).any():
             continue
         c = int(grid.flat[0])
-        for name in {m for p in _parameters(grid, analysis.producers) for m in _around(p)}:
+        for name in {m for p in makers for m in _around(p)}:
             for attribute, value, number in _integers(modules[name]):
                 if not number and value == grid.shape[-1]:
                     pairs.append((first.setdefault((name, attribute), c), c))
     return pairs
-
-
-def _parameters(grid: np.ndarray, owners: Mapping[int, set[str]]) -> set[str]:
-    return {p for c in np.unique(grid).tolist() for p in owners.get(c, ())}
 
 
 def _around(parameter: str) -> list[str]:
@@ -114,7 +110,9 @@ def _renewed(value: Any, changes: Mapping[int, set[int]]) -> Any:
 
 def _shrunk(grid: np.ndarray, gone: np.ndarray) -> dict[int, tuple[int, int]]:
     """How long a grid is along the dimensions that shrink: {dimension: (before, after)}."""
-    lost = np.where(grid >= 0, gone[grid], False)
+    lost = gone[grid] & (grid >= 0)
+    if not lost.any():
+        return {}
     changes: dict[int, tuple[int, int]] = {}
     for d in range(grid.ndim):
         whole = lost.all(axis=tuple(k for k in range(grid.ndim) if k != d))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,33 +34,50 @@ def _lay_out(
     func: Any, f: Field, x: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor
 ) -> Tensor:
     if func in _VIEWS or func in _RESHAPES:
-        quick = _reshaped(f, x.shape, out.shape)
-        return compact(_full(f, x).reshape(out.shape)) if quick is None else quick
-    if func in _PERMUTES:  # they do not care how long dimensions are
+        return _viewed(f.labels, x.shape, out.shape)
+    if func in _PERMUTES or (func in _TURNS and rest[-1]):  # whatever the lengths of dimensions
         return func(f.labels, *rest, **kwargs)
     return compact(func(_full(f, x), *rest, **kwargs))
 
 
-def _reshaped(f: Field, before: Sequence[int], after: Sequence[int]) -> Tensor | None:
-    """Labels that vary along one dimension, where a view keeps that whole or splits it."""
-    if len(f.dims) != 1:
-        return None
-    d = f.dims[0]
-    lead, size = math.prod(before[:d]), before[d]
-    k = 0
-    while k < len(after) and lead > 1 and lead % after[k] == 0 and after[k] > 0:
-        lead //= after[k]
-        k += 1
-    if lead > 1:
-        return None
-    m = k
-    while m < len(after) and size > 1 and after[m] > 0 and size % after[m] == 0:
-        size //= after[m]
-        m += 1
-    if size > 1:
-        return None
-    labels = f.labels.reshape([1] * k + list(after[k:m]) + [1] * (len(after) - m))
-    return compact(labels) if sum(n > 1 for n in after[k:m]) > 1 else labels
+def _viewed(labels: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
+    """The labels of a view, spread only over dimensions that it joins or splits."""
+    spread: list[int] = []
+    shape: list[int] = []
+    torn = False
+    if 0 in before:
+        return labels.expand(before).reshape(after)
+    for here, there in _pieces(before, after):
+        if all(labels.shape[d] == 1 for d in here):
+            spread.extend([1] * len(here))
+            shape.extend([1] * len(there))
+            continue
+        spread.extend(before[d] for d in here)
+        shape.extend(after[d] for d in there)
+        torn = torn or sum(before[d] > 1 for d in here) + sum(after[d] > 1 for d in there) > 2
+    viewed = labels.expand(spread).reshape(shape)
+    return compact(viewed) if torn else viewed
+
+
+def _pieces(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[range, range]]:
+    """Dimensions of a tensor and of its view, in the smallest pieces that hold as many elements.
+
+    >>> list(_pieces((2, 197, 768), (394, 12, 64)))
+    [(range(0, 2), range(0, 1)), (range(2, 3), range(1, 3))]
+    """
+    i = j = 0
+    while i < len(before) or j < len(after):
+        ends = [min(i + 1, len(before)), min(j + 1, len(after))]
+        sizes = [math.prod(before[i : ends[0]]), math.prod(after[j : ends[1]])]
+        while sizes[0] != sizes[1]:
+            if sizes[0] < sizes[1]:
+                sizes[0] *= before[ends[0]]
+                ends[0] += 1
+            else:
+                sizes[1] *= after[ends[1]]
+                ends[1] += 1
+        yield range(i, ends[0]), range(j, ends[1])
+        i, j = ends
 
 
 _VIEWS = {
@@ -79,6 +96,7 @@ _PERMUTES = {
     torch.ops.aten.transpose.int,
     torch.ops.aten.t.default,
 }
+_TURNS = {torch.ops.aten.roll.default, torch.ops.aten.flip.default}  # along these, where given
 
 
 def _one_head(f: Field | None, before: Tensor, after: Tensor) -> bool:
@@ -271,6 +289,10 @@ def indexing(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x, rest = args[0], args[1:]
     fields = []
     for f in t.of(x):
+        if func is torch.ops.aten.index.Tensor and _beside(f, rest[0]):
+            moved = func(f.labels, [i if i is None else _nowhere(i) for i in rest[0]])
+            fields.append(Field(moved, f.source))
+            continue
         try:
             moved = func(_full(f, x), *map_tensors(rest, _known), **kwargs)
         except _UnknownIndex:  # computed in the run: only along positions without labels
@@ -280,6 +302,16 @@ def indexing(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
             continue
         fields.append(_noted(t, f, compact(moved), func))
     t.attach(out, fields)
+
+
+def _beside(f: Field, index: Sequence[Tensor | None]) -> bool:
+    """Whether an index picks along dimensions where the labels do not vary."""
+    given = {d: i.dtype for d, i in enumerate(index) if i is not None}
+    return not set(given) & set(f.dims) and set(given.values()) == {torch.int64}
+
+
+def _nowhere(index: Tensor) -> Tensor:
+    return torch.zeros([1] * index.ndim, dtype=index.dtype)
 
 
 class _UnknownIndex(Exception):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inputs import tensors_in
+from .inputs import operands_in
 from .labels import Field, Tracer
 
 __all__ = ["columns_of", "over_dims", "passes", "reduction", "sampling", "softmax", "spatial"]
@@ -35,7 +35,7 @@ def spatial(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def sampling(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Samples of a map at given places: channels pass, places stay."""
     name = func._schema.name.partition("::")[2]
-    for x in tensors_in(args[1:]):
+    for x in operands_in(args[1:]):
         t.pin(t.of(x), f"places of {name}")
     fields = []
     for f in t.of(args[0]):
@@ -115,7 +115,7 @@ def softmax(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 def over_dims(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Sorting, accumulating, Fourier transforms: only the other dimensions pass."""
-    x, results = args[0], tensors_in(out)
+    x, results = args[0], operands_in((out,))
     over = _reduced(func, args, kwargs, x.ndim)
     fields = []
     for f in t.of(x):

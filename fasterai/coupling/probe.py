@@ -43,16 +43,15 @@ def gone(coupling: Coupling, axes: Sequence[Axis], remove: Removal) -> np.ndarra
     return mark
 
 
-def positions_kept(
-    model: nn.Module, coupling: Coupling, axes: Sequence[Axis], remove: Removal
-) -> dict[Dim, Tensor]:
+def positions_kept(coupling: Coupling, axes: Sequence[Axis], remove: Removal) -> dict[Dim, Tensor]:
     """The positions that stay along each dimension that loses some."""
-    lost = gone(coupling, axes, remove)
+    said = coupling.analysis
+    lost = gone(coupling, axes, remove)[said.classes]
+    dims, starts = list(said.first), np.fromiter(said.first.values(), dtype=np.int64)
     stays: dict[Dim, Tensor] = {}
-    for dim, labels in coupling.labels(model, {}).items():
-        mine = lost[labels.numpy()]
-        if mine.any():
-            stays[dim] = torch.from_numpy(np.flatnonzero(~mine))
+    for i in np.unique(np.searchsorted(starts, np.flatnonzero(lost), side="right") - 1).tolist():
+        mine = lost[starts[i] : starts[i] + said.sizes[dims[i]]]
+        stays[dims[i]] = torch.from_numpy(np.flatnonzero(~mine))
     return stays
 
 
@@ -77,7 +76,7 @@ def cutting(
         scales: see `Cut`.
         added: see `Cut`.
     """
-    kept = positions_kept(model, coupling, axes, remove)
+    kept = positions_kept(coupling, axes, remove)
     integers = mends(model, coupling.analysis, gone(coupling, axes, remove), kept)
     attributes: dict[nn.Module, dict[str, Any]] = {}
     if exact:
@@ -93,7 +92,7 @@ def wiring(
     axes: Sequence[Axis],
     remove: Removal,
     *,
-    quick: bool = False,
+    modes: Sequence[bool] = (False, True),
     exact: bool = False,
 ) -> tuple[str | None, list[Change]]:
     """Why these units cannot be cut, or None, tried without touching the model's tensors.
@@ -104,7 +103,7 @@ def wiring(
     try:
         with shadowed(model, plan, shapes=coupling.analysis.shapes):
             alone = left_alone(coupling, plan.kept)
-            return None, replay(model, inputs, coupling, plan.kept, alone, quick=quick)
+            return None, replay(model, inputs, coupling, plan.kept, alone, modes=modes)
     except Exception as error:  # whatever a cut network may raise
         return broken(error), []
 

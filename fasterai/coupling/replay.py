@@ -24,7 +24,7 @@ def replay(
     kept: Mapping[Dim, Tensor],
     alone: Sequence[int],
     *,
-    quick: bool = False,
+    modes: Sequence[bool] = (False, True),
 ) -> list[Change]:
     """Run the labels through the smaller network: every meeting must agree as it did before.
 
@@ -34,7 +34,7 @@ def replay(
         coupling: what was found before the cut.
         kept: for the dimensions that were cut, the positions that stayed.
         alone: classes of units left alone in their axis; a single channel broadcasts.
-        quick: in eval mode only.
+        modes: with which training flags; in train mode only where the whole network ran so.
 
     Returns:
         By how much channels, or products over them, are multiplied more than before because code
@@ -47,7 +47,9 @@ def replay(
     free = np.append(~coupling.pinned, False)  # FIXED, the last one, is not free
     free[list(alone)] = False
     changed: list[Change] = []
-    for training in (False, True)[: 1 + (coupling.analysis.trains and not quick)]:
+    for training in modes:
+        if training and not coupling.analysis.trains:
+            continue
         sized = inputs.at_least(2)
         shapes = coupling.analysis.shapes
         said = run_labels(model, sized, labels, training=training, shapes=shapes)

@@ -8,12 +8,13 @@ touches it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .inputs import tensors_in
+from .inputs import operands_in
 from .labels import Tracer
 from .meeting import (
     batch_norm,
@@ -38,12 +39,12 @@ def follow(
     t: Tracer, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
 ) -> None:
     """Pass the labels of the arguments of one operation on to its result."""
-    name = func._schema.name.removeprefix("aten::")
-    operands = [x for x in tensors_in((args, dict(kwargs))) if t.of(x)]
+    name, is_pointwise = _known(func)
+    operands = [x for x in operands_in((*args, *kwargs.values())) if t.of(x)]
     if not operands:
         return _unlabelled(t, name, func, args, out)
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
-    if rule is None and _is_pointwise(func, name):
+    if rule is None and is_pointwise:
         rule = pointwise
     reshaped = any(f.labels.ndim != x.ndim for x in operands for f in t.of(x))  # in place
     if rule is None or "out" in kwargs or reshaped:
@@ -53,7 +54,7 @@ def follow(
     except Exception:  # arguments that the rule did not expect; the network itself ran well
         unknown(t, func, args, kwargs, out)
     if t.watch:
-        t.watch_moving(operands, tensors_in(out))
+        t.watch_moving(operands, operands_in((out,)))
     return _note_uniform(t, name, args, out)
 
 
@@ -78,20 +79,22 @@ _FILLS = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_l
 _FILLS |= {"full_like"}
 
 
-def _is_pointwise(func: Any, name: str) -> bool:
+@cache
+def _known(func: Any) -> tuple[str, bool]:
+    """The name of an operation, and whether it is pointwise."""
+    name = func._schema.name.removeprefix("aten::")
     if torch.Tag.pointwise in func.tags:
-        return True
+        return name, True
     plain = getattr(torch.ops.aten, name.removesuffix("_"), None)  # hardswish_ lacks the tag
-    return plain is not None and any(
-        torch.Tag.pointwise in getattr(plain, overload).tags for overload in plain.overloads()
-    )
+    overloads = [] if plain is None else [getattr(plain, o) for o in plain.overloads()]
+    return name, any(torch.Tag.pointwise in overload.tags for overload in overloads)
 
 
 def unknown(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """An operation that may do anything with its channels pins them."""
-    for x in tensors_in((args, dict(kwargs))):
+    for x in operands_in((*args, *kwargs.values())):
         t.pin(t.of(x), f"{func._schema.name.removeprefix('aten::')} may mix or count its channels")
-    for x in tensors_in(out):
+    for x in operands_in((out,)):
         t.attach(x, [])
 
 

@@ -125,8 +125,13 @@ def _smaller(tensor: Tensor, added: Tensor | None, cuts: _ByDim, scales: _ByDim)
     for dim, scale in scales.items():
         shape = [-1 if d == dim else 1 for d in range(data.ndim)]
         data = (data * scale.to(data.device).view(shape)).to(data.dtype)
-    for dim, index in sorted(cuts.items()):
-        data = data.index_select(dim, index.to(data.device))
+    if cuts:  # all dimensions at once: a tensor in between would cost as much again
+        first, last = min(cuts), max(cuts)
+        whole = [torch.arange(n) for n in data.shape]
+        index = torch.meshgrid(
+            *(cuts.get(d, whole[d]).to(data.device) for d in range(first, last + 1)), indexing="ij"
+        )
+        data = data[(slice(None),) * first + index]
     last = torch.channels_last
     if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
         return data.contiguous(memory_format=last)

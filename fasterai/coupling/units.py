@@ -128,10 +128,12 @@ class Coupling:
     Args:
         axes: in the order in which their first weight is registered.
         analysis: classes of labels, and what is known about them.
+        reasons: for pinned classes, why.
     """
 
     axes: tuple[Axis, ...]
     analysis: Analysis
+    reasons: Mapping[int, str]
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -142,7 +144,7 @@ class Coupling:
     def pinned(self) -> np.ndarray:
         """(labels,) bool, the classes that are pinned."""
         pinned = np.zeros(len(self.analysis.classes), dtype=bool)
-        pinned[list(self.analysis.pinned)] = True
+        pinned[list(self.reasons)] = True
         return pinned
 
     def labels(self, model: nn.Module, kept: Mapping[Dim, Tensor]) -> dict[Dim, Tensor]:
@@ -157,9 +159,9 @@ class Coupling:
 
 def units_of(model: nn.Module, analysis: Analysis, blocks: Blocks) -> Coupling:
     """The units and axes that an analysis and its blocks amount to."""
-    sizes = {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()}
-    ordered = sorted(sizes, key=lambda d: analysis.roles.get(d) != PRODUCE)  # units count as rows
-    seen = [_own(analysis, dim, sizes[dim]) for dim in ordered]
+    dims = analysis.first
+    ordered = sorted(dims, key=lambda d: analysis.roles.get(d) != PRODUCE)  # units count as rows
+    seen = [analysis.own(dim) for dim in ordered]
     produced = np.zeros(len(analysis.classes), dtype=bool)
     for dim, mine in zip(ordered, seen, strict=True):
         if analysis.roles.get(dim) == PRODUCE:
@@ -187,12 +189,7 @@ def units_of(model: nn.Module, analysis: Analysis, blocks: Blocks) -> Coupling:
     axes = [_axis(own, members[a], analysis, blocks, reasons) for a, own in slots.items()]
     rank = {name: i for i, name in enumerate(dict(model.named_parameters()))}
     axes.sort(key=lambda a: rank[a.having(PRODUCE)[0].parameter])
-    return Coupling(tuple(axes), replace(analysis, pinned=reasons))
-
-
-def _own(analysis: Analysis, dim: Dim, size: int) -> np.ndarray:
-    first = analysis.first[dim]
-    return analysis.classes[first : first + size]
+    return Coupling(tuple(axes), analysis, reasons)
 
 
 def _group(

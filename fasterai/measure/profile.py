@@ -108,12 +108,26 @@ def macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     Convs and matrix products are counted, by torch's own counter; a module that runs twice counts
     twice. Empty where that counter cannot run the network, as when it differentiates inside.
     """
-    inputs = Inputs.fitting(model, example_inputs)
+    return counted(model, example_inputs)[1]
+
+
+def counted(model: nn.Module, example_inputs: Any) -> tuple[Inputs, dict[str, int]]:
+    """Inputs fitted to the model, and its `macs`, from a single run as a rule."""
+    inputs = Inputs.of(example_inputs)
+    inputs.check(model)
+    found = _count(model, inputs)
+    if not found:
+        inputs = Inputs.fitting(model, example_inputs)
+        found = _count(model, inputs)
+    return inputs, found
+
+
+def _count(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     try:
         with run_quietly(model), plainly(), counter:
             inputs(model)
-    except Exception:  # the network itself just ran, in `fitting`
+    except Exception:  # of the inputs or of the counter; `fitting` can tell
         return {}
     root = type(model).__name__
     counts = counter.get_flop_counts()
@@ -125,17 +139,21 @@ def macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     return found
 
 
-def layer_costs(model: nn.Module, example_inputs: Any) -> pd.DataFrame:
-    """A row for each layer that holds parameters: `layer`, `in`, `out`, `parameters`, `macs`."""
-    counted = macs(model, example_inputs)
+def layer_costs(model: nn.Module, counts: Mapping[str, int]) -> pd.DataFrame:
+    """A row for each layer that holds parameters: `layer`, `in`, `out`, `parameters`, `macs`.
+
+    Args:
+        model: the network.
+        counts: its `macs`.
+    """
     rows = []
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if own:
             inside, outside = _widths(module)
             size = sum(p.numel() for p in own)
-            rows.append((name, inside, outside, size, counted.get(name, pd.NA)))
-    total = (sum(p.numel() for p in model.parameters()), counted.get("", pd.NA))
+            rows.append((name, inside, outside, size, counts.get(name, pd.NA)))
+    total = (sum(p.numel() for p in model.parameters()), counts.get("", pd.NA))
     rows.append(("total", pd.NA, pd.NA, *total))
     table = pd.DataFrame(rows, columns=["layer", "in", "out", "parameters", "macs"])
     return table.astype({"in": "Int64", "out": "Int64", "macs": "Int64"})

@@ -61,7 +61,8 @@ def observe(
 ) -> Observation:
     """Run a network in eval mode and note its outputs and what arrives at its layers.
 
-    A model that cannot run on random inputs (it may expect boxes, say) is only run on its own.
+    It runs on the inputs and on random ones, in one batch where there is one. A model that
+    cannot run on random inputs (it may expect boxes, say) is only run on its own.
 
     Args:
         model: the network, whole or cut.
@@ -72,11 +73,14 @@ def observe(
     """
     labels = coupling.labels(model, kept or {})
     alive = None if silent is None else torch.from_numpy(np.append(~silent, True))
-    runs = [run_numbers(model, inputs, labels, alive)]
+    random = inputs.random_like()
+    together = [inputs.beside(random)] if inputs.samples else [inputs, random]
+    runs = []
     try:
-        runs.append(run_numbers(model, inputs.random_like(), labels, alive))
+        for batch in together:
+            runs.append(run_numbers(model, batch, labels, alive))
     except Exception:  # whatever user code raises on random inputs
-        pass
+        runs = runs or [run_numbers(model, inputs, labels, alive)]
     peaks = torch.zeros(len(coupling.analysis.classes), dtype=torch.float64)
     for said, _ in runs:
         for x in said.arrivals:

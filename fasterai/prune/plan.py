@@ -54,7 +54,7 @@ class Plan:
 def make_plan(model: nn.Module, coupling: Coupling, axes: Sequence[Axis], remove: Removal) -> Plan:
     """The plan of a removal, before it is carried out."""
     kept: dict[str, dict[int, tuple[int, ...]]] = {}
-    for dim, index in positions_kept(model, coupling, axes, remove).items():
+    for dim, index in positions_kept(coupling, axes, remove).items():
         kept.setdefault(dim.parameter, {})[dim.dim] = tuple(index.tolist())
     before = after = 0
     for name, p in model.named_parameters():

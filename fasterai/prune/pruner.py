@@ -14,11 +14,10 @@ from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.masks import Limits, as_fraction
 from ..core.names import LayerChoice, pick
 from ..coupling.couple import couple
-from ..coupling.inputs import Inputs
 from ..coupling.labels import Dim, dims_of
 from ..coupling.probe import Removal
 from ..coupling.surgery import Cut, cut
-from ..measure.profile import layer_costs
+from ..measure.profile import counted, layer_costs, macs
 from .check import Differences, observe
 from .constants import Constants
 from .explain import axes_table, draw_axes
@@ -70,13 +69,13 @@ class Pruner:
     ) -> None:
         self.model = model
         self._excluded = pick(model, exclude, "exclude")
-        self.inputs = Inputs.fitting(model, example_inputs)
+        self.inputs, counts = counted(model, example_inputs)
         self.plan: Plan | None = None
         self.max_abs_diff: float | None = None
         self.max_rel_diff: float | None = None
         self._stay: list[Stay] = []
+        self._before = layer_costs(model, counts)
         self._couple()
-        self._before = layer_costs(model, self.inputs)
 
     def prune_model(
         self,
@@ -142,7 +141,7 @@ class Pruner:
 
         Before is when the pruner was made, after is now.
         """
-        after = layer_costs(self.model, self.inputs)
+        after = layer_costs(self.model, macs(self.model, self.inputs))
         table = pd.DataFrame({"layer": self._before["layer"]})
         for name, column in (
             ("in", "in"),

@@ -60,19 +60,34 @@ class Trial:
         self._dense: Observation | None = None
 
     def settle(self, wanted: Removal) -> Removal:
-        """Those of the axes that can be cut together, found by halving where it fails."""
+        """Those of the axes that can be cut together, found by halving where it fails.
+
+        The cut is tried in eval mode, and the one found so, in train mode as well; where that
+        fails, which is rare, all are tried in both.
+        """
+        remove = self._settled(wanted, [False])
+        where = self.coupling, self.axes, remove
+        if wiring(self.model, self.inputs, *where, modes=[True], exact=self._exact)[0] is not None:
+            remove = self._settled(wanted, [False, True])
+        return remove
+
+    def _settled(self, wanted: Removal, modes: Sequence[bool]) -> Removal:
         mixed = [a for a in wanted if not self._exact and self.axes[a].mixed is not None]
         good: list[int] = []
+        self.failed, self.apart, self.plan = {}, None, Cut({})
         for more in ([a for a in wanted if a not in mixed], mixed):
             good = settle(
-                good, more, lambda found: self._attempt({a: wanted[a] for a in found}), self.failed
+                good,
+                more,
+                lambda found: self._attempt({a: wanted[a] for a in found}, modes),
+                self.failed,
             )
         return {a: wanted[a] for a in good}
 
-    def _attempt(self, remove: Removal) -> str | None:
+    def _attempt(self, remove: Removal, modes: Sequence[bool]) -> str | None:
         """Why this cannot be cut, or None."""
         where = self.coupling, self.axes, remove
-        reason, changes = wiring(self.model, self.inputs, *where, exact=self._exact)
+        reason, changes = wiring(self.model, self.inputs, *where, modes=modes, exact=self._exact)
         if reason is not None:
             return reason
         scales = compensation(self.coupling, self.axes, changes)
