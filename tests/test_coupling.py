@@ -1,11 +1,15 @@
 """The units that the labels find, against what one reads in the code of each network."""
 
+import itertools
+import math
 import random
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from networks import (
     ALL,
     Dense,
@@ -24,6 +28,7 @@ from torch import nn
 
 from fasterai.coupling.couple import couple
 from fasterai.coupling.inputs import Inputs, run_quietly
+from fasterai.coupling.moving import _viewed, compact
 from fasterai.prune.pruner import Pruner
 
 
@@ -276,3 +281,27 @@ def test_run_quietly_restores_buffers_that_are_replaced():
         model(torch.randn(8, 2))
     assert torch.equal(model.running_mean, torch.zeros(2))
     assert np.allclose(model.running_var, 1) and int(model.num_batches_tracked) == 0
+
+
+@st.composite
+def views(draw):
+    """Two shapes of as many elements, and labels that vary along some dimensions of the first."""
+    primes = draw(st.lists(st.sampled_from([2, 2, 3, 5]), max_size=6))
+    shapes = []
+    for _ in range(2):
+        order = draw(st.permutations(primes))
+        cuts = sorted(draw(st.lists(st.integers(0, len(order)), max_size=4)))
+        ends = [0, *cuts, len(order)]
+        shapes.append([math.prod(order[a:b]) for a, b in itertools.pairwise(ends)])
+    varies = draw(st.lists(st.booleans(), min_size=len(shapes[0]), max_size=len(shapes[0])))
+    return *shapes, [n if v else 1 for n, v in zip(shapes[0], varies, strict=True)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(views())
+def test_labels_of_a_view_lie_where_the_view_puts_the_elements(case):
+    before, after, varying = case
+    labels = torch.arange(math.prod(varying)).view(varying)
+    viewed = _viewed(labels, before, after)
+    assert torch.equal(viewed.expand(after), labels.expand(before).reshape(after))
+    assert torch.equal(viewed, compact(viewed.clone()))

@@ -184,3 +184,62 @@ def test_filters_zeroed_layer_by_layer_go_at_any_resolution(name):
         other = images(2, size, torch.float64, seed=size)
         with torch.no_grad():
             assert apart(sparse(other), model(other)) < 1e-10
+
+
+class Gated(nn.Module):
+    """Channels meet a map from one channel that is silent on the example, and may speak."""
+
+    def __init__(self, meet):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 1, 3, padding=1)
+        self.last, self.meet = nn.Conv2d(8, 4, 3), meet
+
+    def forward(self, x):
+        gate = (self.gate(x) - 100).relu()
+        return self.last(self.meet(self.conv(x), gate)).mean((2, 3))
+
+
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+@pytest.mark.parametrize("meet", [torch.add, torch.mul, torch.maximum])
+def test_a_channel_is_no_constant_where_what_it_meets_may_move(meet, bias):
+    torch.manual_seed(0)
+    model = Gated(meet).double().eval()
+    with torch.no_grad():
+        model.conv.weight[:4] = 0
+        model.conv.bias[:4] = bias
+    dense, x = copy.deepcopy(model), images(2, 8).double()
+    pruner = Pruner(model, x)
+    if meet is torch.mul and not bias:  # zero times anything
+        pruner.prune_model()
+        assert model.conv.out_channels == 4
+    else:
+        with pytest.warns(UserWarning, match="nothing was removed"):
+            pruner.prune_model()
+        assert pruner.kept()["reason"].str.contains("changes with the input").all()
+    assert not (dense.gate(x) > 100).any() and (dense.gate(1000 * x) > 100).any()
+    assert apart(dense(1000 * x), model(1000 * x)) < 1e-12
+
+
+class Correlated(nn.Module):
+    """Positions are compared by what one layer makes of them, by the root of its width."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.head = nn.Conv2d(3, 16, 3, stride=2), nn.Linear(49, 4)
+
+    def forward(self, x):
+        x = self.encode(x).flatten(2)
+        width = torch.tensor(x.shape[1], device=x.device)
+        return self.head((x.transpose(1, 2) @ x) / torch.sqrt(width)).mean(1)
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+def test_both_sides_of_a_product_share_what_its_scale_changes(sparsity):
+    torch.manual_seed(0)
+    model = Correlated().double().eval()
+    with torch.no_grad():
+        model.encode.weight[:8] = model.encode.bias[:8] = 0
+    dense, x = copy.deepcopy(model), images(2, 15).double()
+    Pruner(model, x).prune_model(sparsity)
+    assert model.encode.out_channels == 8
+    assert apart(dense(x), model(x)) < 1e-12

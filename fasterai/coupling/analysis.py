@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from .inputs import Inputs
-from .labels import CONSUME, FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Dim, Run, dims_of
+from .labels import CONSUME, FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Dim, Factor, Run, dims_of
 from .run import run_labels
 
 __all__ = ["Analysis", "analyse"]
@@ -33,8 +33,8 @@ class Analysis:
         pinned: for pinned classes, why.
         mixed: for classes that an operation mixes, which; norms where nothing else does.
         grids: classes laid out in two or more dimensions, one for each grid of channels.
-        factors: for the first, second, ... multiplication with a number in eval mode, classes of
-            channels which are multiplied, or over which a product was taken, and the number.
+        factors: for the first, second, ... multiplication with a number in eval mode, what was
+            multiplied, labelled by classes.
         read: classes that a layer was seen to read.
         roles: what each dimension of a parameter does.
         order: parameters in the order in which they made channels.
@@ -49,7 +49,7 @@ class Analysis:
     pinned: Mapping[int, str]
     mixed: Mapping[int, str]
     grids: tuple[np.ndarray, ...]
-    factors: Mapping[int, tuple[np.ndarray, float]]
+    factors: Mapping[int, Factor]
     read: np.ndarray
     roles: Mapping[Dim, str]
     order: tuple[str, ...]
@@ -116,7 +116,7 @@ def analyse(
         _pinned(classes, runs),
         _noted(classes, sorted(_mixed(runs), key=lambda note: note[1] == NORMALISED)),
         tuple(grids.values()),
-        {i: (np.unique(classes[over]), value) for i, (over, value) in runs[0].factors.items()},
+        {i: _renamed(classes, factor) for i, factor in runs[0].factors.items()},
         _read(classes, runs),
         _roles(runs),
         order,
@@ -231,6 +231,10 @@ def _grids(classes: np.ndarray, runs: Sequence[Run]) -> list[np.ndarray]:
             known = _vector(grid)
             found.append(np.where(known >= 0, classes[known], -1))
     return found
+
+
+def _renamed(classes: np.ndarray, factor: Factor) -> Factor:
+    return replace(factor, over=torch.from_numpy(np.unique(classes[_vector(factor.over)])))
 
 
 def _read(classes: np.ndarray, runs: Sequence[Run]) -> np.ndarray:

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .inputs import map_tensors, operands_in
 from .labels import Tracer
 
-__all__ = ["Muted", "Shapes", "numbers"]
+__all__ = ["Literals", "Muted", "Shapes", "numbers"]
 
 _META = torch.device("meta")
 
@@ -72,6 +73,22 @@ class Shapes:
         if known is not x:  # written in place: its numbers are no longer known
             t.fields.setdefault(known, ())
         return known
+
+
+class Literals(TorchFunctionMode):
+    """Tensors of given numbers keep them, where code makes them on the device of its input."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and str(kwargs.get("device")) == "meta":
+            kwargs = {**kwargs, "device": self.device}
+        return func(*args, **kwargs)
 
 
 # --- what common operations make, where PyTorch takes its time to find that out -------------------

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["AVERAGED", "FIXED", "NORMALISED", "Dim", "Engine", "Field", "Run", "Tracer", "dims_of"]
+__all__ = [
+    "AVERAGED",
+    "FIXED",
+    "NORMALISED",
+    "Dim",
+    "Engine",
+    "Factor",
+    "Field",
+    "Run",
+    "Tracer",
+    "dims_of",
+]
 
 FIXED = -1  # a position that belongs to no parameter: a constant, padding, an input
 
@@ -85,6 +96,21 @@ class Arrival:
     summed: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A number that something is multiplied with.
+
+    Args:
+        over: labels of the channels which are multiplied, or over which a product was taken.
+        value: the number.
+        product: whether it is a product over channels that is multiplied.
+    """
+
+    over: Tensor
+    value: float
+    product: bool
+
+
 @dataclass
 class Run:
     """What one run said: meetings, pins, roles, and how channels were laid out.
@@ -93,8 +119,7 @@ class Run:
         meetings: pairs of label vectors that belong together, position by position.
         pins: labels that cannot be removed, and why.
         mixed: labels whose channels an operation mixes (a layer norm), and which.
-        factors: for the first, second, ... multiplication with a number, labels of channels which
-            are multiplied, or over which a product was taken, and the number.
+        factors: for the first, second, ... multiplication with a number, what was multiplied.
         grids: labels of channels that a view or an operation splits into a grid; a cut must
             leave a grid.
         roles: what parameters' positions do.
@@ -109,7 +134,7 @@ class Run:
     meetings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
-    factors: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
+    factors: dict[int, Factor] = field(default_factory=dict)
     grids: list[Tensor] = field(default_factory=list)
     roles: set[tuple[Dim, str]] = field(default_factory=set)
     consumed: list[Tensor] = field(default_factory=list)
@@ -159,12 +184,16 @@ class Tracer(TorchDispatchMode):
         self.count = 0
         self.parameters = {name for name, _ in model.named_parameters()}
         self.fields = WeakTensorKeyDictionary()
-        self.total = 1 + max((int(k.max()) for k in labels.values() if len(k)), default=0)
+        largest = max((int(k.max()) for k in labels.values() if len(k)), default=0)
+        self.total = largest + 2  # FIXED, -1, has a place of its own
         self.moving = WeakTensorKeyDictionary()  # (labels,) bool: channels that zeros did not make
         self.made = WeakTensorKeyDictionary()  # by a layer: the name of its weight
         self.products = WeakTensorKeyDictionary()  # of two activations: the labels they were over
         self.uniform = WeakTensorKeyDictionary()  # constants made in the run, of one value
+        self.fixed = WeakTensorKeyDictionary()  # parameters, buffers and what is made of them alone
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        for tensor in tensors.values():
+            self.fixed[tensor] = True
         for dim, known in labels.items():
             tensor = tensors[dim.parameter]
             if len(known) == 1 and tensor.ndim < 3:
@@ -232,10 +261,11 @@ class Tracer(TorchDispatchMode):
     def factor(self, x: Tensor, value: float) -> None:
         """`x` is multiplied with a number, which code may derive from a width."""
         over = self.products.get(x)
+        product = over is not None
         if over is None:
             over = next((f.labels.reshape(-1) for f in self.of(x) if f.dims), torch.zeros(0).long())
         self.count += 1
-        self.said.factors[self.count] = over, value
+        self.said.factors[self.count] = Factor(over, value, product)
 
     def grid(self, labels: Tensor) -> None:
         """Channels are laid out in a grid, which has to stay one; it may have a single line."""
@@ -265,19 +295,58 @@ class Tracer(TorchDispatchMode):
             self.moving[out] = moving
             self.made[out] = rows.source.parameter
 
-    def watch_moving(self, operands: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-        """Pass on which channels something else than zero weights has made."""
+    def watch_moving(
+        self, operands: Sequence[Tensor], outs: Sequence[Tensor], *, meet: str = ""
+    ) -> None:
+        """Pass on which channels something else than zero weights has made.
+
+        Args:
+            operands: all tensors that the operation reads.
+            outs: what it made.
+            meet: how they meet element by element, if they do: 'scaled' leaves zeros zero, and
+                'multiplied' makes all zero that a parameter of zeros is multiplied with.
+        """
         for x in operands:
             if x in self.made:
                 name = self.made[x]
                 self.said.used[name] = self.said.used.get(name, 0) + 1
+        fixed = all(x in self.fixed for x in operands)
+        bare = any(not self.of(x) and x not in self.fixed for x in operands)  # a map of gates, say
         known = [self.moving[x] for x in operands if x in self.moving]
+        if known and meet and bare:
+            known.append(torch.ones_like(known[0]) if meet == "added" else self._heard(operands))
+        zero = None
+        if known and meet == "multiplied":
+            own = [x for x in operands if x in self.fixed and self.of(x)]
+            zero = self._labelled(own) & ~self._heard(own) if own else None
         for out in outs:
             if known and out not in self.made:
                 moving = known[0]
                 for other in known[1:]:
                     moving = moving | other
-                self.moving[out] = moving
+                self.moving[out] = moving if zero is None else moving & ~zero
+            if fixed:
+                self.fixed[out] = True
+            else:
+                self.fixed.pop(out, None)
+
+    def _labelled(self, operands: Sequence[Tensor]) -> Tensor:
+        """(labels,) bool: the channels that have labels there."""
+        there = torch.zeros(self.total, dtype=torch.bool)
+        for x in operands:
+            for f in self.of(x):
+                there[f.labels.reshape(-1)] = True
+        return there
+
+    def _heard(self, operands: Sequence[Tensor]) -> Tensor:
+        """(labels,) bool: the channels that are not zero throughout."""
+        heard = torch.zeros(self.total, dtype=torch.bool)
+        for x in operands:
+            for f in self.of(x):
+                others = [d for d in range(x.ndim) if d not in f.dims]
+                loud = (x.any(others) if others else x != 0).reshape(-1).cpu()
+                heard[f.labels.reshape(-1)[loud]] = True
+        return heard
 
     def consume(
         self,

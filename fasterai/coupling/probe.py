@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import Inputs
-from .labels import PRODUCE, SHIFT, Dim
+from .labels import CONSUME, PRODUCE, SHIFT, Dim, Factor
 from .mending import mends
 from .norms import narrowed
-from .replay import Change, replay
+from .replay import replay
 from .surgery import Cut, shadowed
-from .units import Axis, Coupling
+from .units import Axis, Coupling, Slot
 
 __all__ = [
     "Removal",
@@ -94,7 +94,7 @@ def wiring(
     *,
     modes: Sequence[bool] = (False, True),
     exact: bool = False,
-) -> tuple[str | None, list[Change]]:
+) -> tuple[str | None, list[Factor]]:
     """Why these units cannot be cut, or None, tried without touching the model's tensors.
 
     The second value tells which factors change with the cut; see `replay`.
@@ -109,27 +109,31 @@ def wiring(
 
 
 def compensation(
-    coupling: Coupling, axes: Sequence[Axis], changes: Sequence[Change]
+    coupling: Coupling, axes: Sequence[Axis], changes: Sequence[Factor]
 ) -> dict[Dim, Tensor]:
     """What to multiply producers with, so that factors that change with the cut do not count.
 
     A factor of a product over channels (of queries with keys) goes into one side of it: the last
-    layer that makes them, or, where one layer makes both, its last rows.
+    layer that makes them, or, where one layer makes both, its last rows. Where the same rows make
+    both, half of it goes into them.
     """
     found: dict[Dim, Tensor] = {}
-    for classes, ratio in changes:
+    for change in changes:
         for axis in axes:
-            units = torch.isin(axis.classes, torch.from_numpy(classes))
+            units = torch.isin(axis.classes, change.over)
             if units.any():
-                for dim, index in _one_side(axis, units):
+                slots = [s for s in axis.having(PRODUCE) if units[s.unit].any()]
+                makers = {s.module for s in axis.slots if s.role != CONSUME}
+                both = len(makers) == 1 and int(slots[0].unit.bincount().max()) == 1
+                ratio = change.value**0.5 if change.product and both else change.value
+                for dim, index in _one_side(axis, slots, units):
                     size = coupling.analysis.sizes[dim]
                     found.setdefault(dim, torch.ones(size, dtype=torch.float64))[index] /= ratio
     return found
 
 
-def _one_side(axis: Axis, units: Tensor) -> list[tuple[Dim, Tensor]]:
+def _one_side(axis: Axis, slots: Sequence[Slot], units: Tensor) -> list[tuple[Dim, Tensor]]:
     """The last rows, and entries of the bias, that make these units."""
-    slots = [s for s in axis.having(PRODUCE) if units[s.unit].any()]
     last = slots[-1]
     found = []
     for slot in (last, *(s for s in axis.having(SHIFT) if s.module == last.module)):

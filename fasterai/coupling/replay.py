@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor, nn
 
 from .inputs import Inputs
-from .labels import Dim, Run
+from .labels import Dim, Factor, Run
 from .run import run_labels
 from .units import Coupling
 
-__all__ = ["Change", "replay"]
-
-Change = tuple[np.ndarray, float]  # classes of channels, and a ratio
+__all__ = ["replay"]
 
 
 def replay(
@@ -25,7 +24,7 @@ def replay(
     alone: Sequence[int],
     *,
     modes: Sequence[bool] = (False, True),
-) -> list[Change]:
+) -> list[Factor]:
     """Run the labels through the smaller network: every meeting must agree as it did before.
 
     Args:
@@ -46,7 +45,7 @@ def replay(
     labels = coupling.labels(model, kept)
     free = np.append(~coupling.pinned, False)  # FIXED, the last one, is not free
     free[list(alone)] = False
-    changed: list[Change] = []
+    changed: list[Factor] = []
     for training in modes:
         if training and not coupling.analysis.trains:
             continue
@@ -59,16 +58,14 @@ def replay(
     return changed
 
 
-def _changed(
-    before: Mapping[int, tuple[np.ndarray, float]], after: Mapping[int, tuple[Tensor, float]]
-) -> list[Change]:
-    found: dict[int, Change] = {}
-    for i, (classes, old) in before.items():
-        new = after[i][1] if i in after else old
-        if old != new and old and new and len(classes):
-            first = int(classes[0])
-            ratio = found[first][1] if first in found else 1.0
-            found[first] = (classes, ratio * new / old)
+def _changed(before: Mapping[int, Factor], after: Mapping[int, Factor]) -> list[Factor]:
+    found: dict[int, Factor] = {}
+    for i, was in before.items():
+        now = after.get(i, was).value
+        if was.value != now and was.value and now and len(was.over):
+            first = int(was.over[0])
+            ratio = found[first].value if first in found else 1.0
+            found[first] = replace(was, value=ratio * now / was.value)
     return list(found.values())
 
 

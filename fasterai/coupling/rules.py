@@ -40,8 +40,11 @@ def follow(
 ) -> None:
     """Pass the labels of the arguments of one operation on to its result."""
     name, is_pointwise = _known(func)
-    operands = [x for x in operands_in((*args, *kwargs.values())) if t.of(x)]
+    read = operands_in((*args, *kwargs.values()))
+    operands = [x for x in read if t.of(x)]
     if not operands:
+        if t.watch:
+            t.watch_moving(read, operands_in((out,)))
         return _unlabelled(t, name, func, args, out)
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
     if rule is None and is_pointwise:
@@ -54,7 +57,8 @@ def follow(
     except Exception:  # arguments that the rule did not expect; the network itself ran well
         unknown(t, func, args, kwargs, out)
     if t.watch:
-        t.watch_moving(operands, operands_in((out,)))
+        meet = _MEETS.get(name.removesuffix("_"), "added") if rule is pointwise else ""
+        t.watch_moving(read, operands_in((out,)), meet=meet)
     return _note_uniform(t, name, args, out)
 
 
@@ -75,6 +79,7 @@ def _note_uniform(t: Tracer, name: str, args: tuple[Any, ...], out: Any) -> None
             t.uniform.pop(out, None)
 
 
+_MEETS = {"mul": "multiplied", "div": "scaled", "where": "scaled", "masked_fill": "scaled"}
 _FILLS = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like"}
 _FILLS |= {"full_like"}
 

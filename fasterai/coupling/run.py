@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engines import Muted, Shapes, numbers
+from .engines import Literals, Muted, Shapes, numbers
 from .inputs import Inputs, plainly, run_quietly, tensors_in
 from .labels import Dim, Engine, Run, Tracer
 from .rules import follow
@@ -35,8 +35,11 @@ def run_labels(
         shapes: run on shapes alone, which is enough unless a network looks at its own numbers
             (to count boxes, say).
     """
-    engine = Shapes(inputs.tensors[0].device) if shapes else numbers
-    return _run(model, inputs, labels, engine, training, watch=False)[0]
+    if not shapes:
+        return _run(model, inputs, labels, numbers, training, watch=False)[0]
+    device = inputs.tensors[0].device
+    with Literals(device):
+        return _run(model, inputs, labels, Shapes(device), training, watch=False)[0]
 
 
 def run_numbers(

@@ -104,7 +104,7 @@ class Trial:
                 return broken(error)
             if not apart.small:
                 return f"cutting it changes the outputs by {apart.relative:.2g} of the largest"
-            unknown = [int(c) for classes, _ in changes for c in classes]
+            unknown = [int(c) for change in changes for c in change.over]
             unknown += left_alone(self.coupling, plan.kept)  # a single channel carries no label
             if not self._same(remove, unknown, before.peaks, after.peaks):
                 return "cutting it changes what arrives at other layers"
