@@ -329,3 +329,27 @@ def test_a_model_of_frozen_layers_only_trains_on_with_a_warning():
     assert learn.recorder.values[-1][-1] == 0.0
     with pytest.raises(RuntimeError, match="no fit with this callback"):
         SparsifyCallback(0.5).report()
+
+
+class Normed(nn.Module):
+    """A group norm over all channels: they are left alone, unless `mixed` is said."""
+
+    def __init__(self):
+        super().__init__()
+        self.c1, self.bn1, self.c2 = conv(3, 8), nn.GroupNorm(1, 8), conv(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.bn1(self.c1(x)).relu()
+        return self.head(self.c2(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_a_norm_mixes_goes_where_it_is_asked_for(mixed):
+    learn = learner(make(Normed))
+    learn.fit(2, cbs=SparsifyCallback(0.5, "filter", mixed=mixed))
+    zeros = filters_at_zero(learn.model.c1), filters_at_zero(learn.model.c2)
+    assert zeros == (4 * mixed, 4)
+    Pruner(learn.model, torch.randn(2, 3, 8, 8)).prune_model()
+    assert learn.model.c1.out_channels == 8 - 4 * mixed
+    learn.fit(1, reset_opt=True)

@@ -2,6 +2,7 @@
 
 import copy
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,9 @@ class Normed(nn.Module):
         return self.b(F.relu(self.norm(x.movedim(1, -1)).movedim(-1, 1)))
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8), nn.GroupNorm(1, 8)], ids=str)
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(8), nn.RMSNorm(8), nn.GroupNorm(1, 8), nn.GroupNorm(2, 8)], ids=str
+)
 def test_norms_remember_their_width(norm):
     x = images(dtype=torch.float64)
     model = lively(Normed(copy.deepcopy(norm)))
@@ -129,9 +132,6 @@ def test_narrow_norms_are_wide_norms_of_zeros():
 
 
 def test_a_norm_that_was_narrowed_can_be_exported(tmp_path):
-    pytest.importorskip("onnxruntime")
-    import onnxruntime
-
     model = lively(Attention()).float()
     x = sequences().float()
     Sparsifier(model, "filter", example_inputs=x, mixed=True).sparsify_model(0.5)

@@ -8,7 +8,7 @@ meets something of fixed size it is pinned. Which operation does what is told in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -253,6 +253,14 @@ class Tracer(TorchDispatchMode):
             self.pin([f], reason)
             return None
         return self.merge(f, dims)
+
+    def keep_lines(self, f: Field, dims: Collection[int], reason: str) -> Field | None:
+        """`f` keeps its size along these dimensions: lines across them lose equally many."""
+        if set(dims) >= set(f.dims):
+            self.pin([f], reason)
+            return None
+        self.grid(f.labels.movedim(sorted(dims), list(range(len(dims)))))
+        return f
 
     def mix(self, f: Field, reason: str) -> None:
         """An operation computes across the channels of `f`, and depends on their number."""

@@ -101,7 +101,7 @@ def _held(t: Tracer, f: Field, operands: Sequence[Any], name: str) -> Field | No
         for d in f.dims
         if shape[d] > 1 and not any(d in g.dims for g in own)
     }
-    return t.hold(f, sorted(bare), f"{name} with a tensor of fixed size") if bare else f
+    return t.keep_lines(f, bare, f"{name} with a tensor of fixed size") if bare else f
 
 
 # --- layers ------------------------------------------------------------------------------------
