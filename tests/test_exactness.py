@@ -66,6 +66,27 @@ def test_queries_keys_values_and_hidden_units_go_and_the_scale_is_made_good():
     assert apart(sparse(other), model(other)) < 1e-12
 
 
+def test_heads_go_as_a_whole_where_it_is_asked_for():
+    model, x = lively(Attention(heads=6)), sequences()
+    dense, before = copy.deepcopy(model), model.qkv.weight.detach().clone()
+    sparsifier = Sparsifier(model, "filter", example_inputs=x, whole_heads=True, layers=["qkv"])
+    sparsifier.sparsify_model(0.5)
+    strength = before.abs().view(3, 6, 4, 24).mean((0, 2, 3))  # of queries, keys and values
+    weakest = strength.argsort()[:3]
+    zero = (model.qkv.weight == 0).all(1).view(3, 6, 4)
+    assert zero[:, weakest].all() and zero.sum() == 3 * 3 * 4
+    with torch.no_grad():
+        dense.proj.weight.view(24, 6, 4)[:, weakest] = 0  # what a head says is not heard
+    pruner = Pruner(model, x, whole_heads=True)
+    pruner.prune_model()
+    assert (model.heads, model.head_dim) == (3, 4) and model.qkv.out_features == 36
+    other = sequences(3, 5, seed=1)
+    assert apart(dense(other), model(other)) < 1e-12
+    Pruner(model, x, whole_heads=True, exclude=["stem", "up"]).prune_model(0.7)
+    assert (model.heads, model.head_dim) == (1, 4)
+    assert model(other).shape == (3, 4)
+
+
 def test_an_embedding_width_goes_where_it_is_asked_for():
     model = lively(Attention())
     x = sequences()

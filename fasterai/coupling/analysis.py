@@ -33,6 +33,7 @@ class Analysis:
         pinned: for pinned classes, why.
         mixed: for classes that an operation mixes, which; norms where nothing else does.
         grids: classes laid out in two or more dimensions, one for each grid of channels.
+        heads: classes of the channels of attention heads, (heads, width) each.
         factors: for the first, second, ... multiplication with a number in eval mode, what was
             multiplied, labelled by classes.
         read: classes that a layer was seen to read.
@@ -49,6 +50,7 @@ class Analysis:
     pinned: Mapping[int, str]
     mixed: Mapping[int, str]
     grids: tuple[np.ndarray, ...]
+    heads: tuple[np.ndarray, ...]
     factors: Mapping[int, Factor]
     read: np.ndarray
     roles: Mapping[Dim, str]
@@ -77,7 +79,10 @@ class Analysis:
 
 
 def analyse(
-    model: nn.Module, inputs: Inputs, joined: Sequence[tuple[np.ndarray, np.ndarray]] = ()
+    model: nn.Module,
+    inputs: Inputs,
+    joined: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+    heads: Sequence[np.ndarray] = (),
 ) -> Analysis:
     """Run a network on labels, in eval and in train mode, until no more labels join.
 
@@ -88,9 +93,11 @@ def analyse(
         model: any network; it is left as it was.
         inputs: what it runs on.
         joined: labels that belong together for another reason.
+        heads: (heads, width) labels of heads that go as a whole.
     """
     first, total = _number(model)
-    classes = _classes(np.arange(total), [], joined)
+    whole = [(h.ravel(), h[:, :1].repeat(h.shape[1])) for h in heads]
+    classes = _classes(np.arange(total), [], [*joined, *whole])
     evaluated: list[Run] = []
     trained: list[Run] = []
     shapes = True
@@ -108,7 +115,8 @@ def analyse(
     runs = [evaluated[-1], *trained]
     begin = [evaluated[0], *trained]
     order = tuple(dict.fromkeys(name for run in begin for name in run.order))
-    grids = {(g.shape, g.tobytes()): g for g in _grids(classes, runs)}
+    laid_out = [*_grids(classes, runs), *(classes[h] for h in heads)]
+    grids = {(g.shape, g.tobytes()): g for g in laid_out}
     return Analysis(
         first,
         {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()},
@@ -116,6 +124,7 @@ def analyse(
         _pinned(classes, runs),
         _noted(classes, sorted(_mixed(runs), key=lambda note: note[1] == NORMALISED)),
         tuple(grids.values()),
+        tuple(np.unique(classes[_vector(heads)], axis=0) for run in runs for heads in run.heads),
         {i: _renamed(classes, factor) for i, factor in runs[0].factors.items()},
         _read(classes, runs),
         _roles(runs),

@@ -53,6 +53,8 @@ def find_blocks(
     count = 0
     for grid in grids:
         lines = _lines(grid)
+        if lines is None and _any_cut(grid):
+            continue
         if lines is None:
             torn.append(np.unique(grid[grid >= 0]))
             continue
@@ -86,6 +88,12 @@ def _lines(grid: np.ndarray) -> np.ndarray | None:
         if len(np.unique(lines)) == lines.size:  # no class in two different lines
             return lines
     return None
+
+
+def _any_cut(grid: np.ndarray) -> bool:
+    """Whether all lines of a grid have the same classes, each as often: any cut leaves a grid."""
+    lines = np.sort(grid.reshape(-1, grid.shape[-1]), axis=1)
+    return bool((lines == lines[0]).all()) and bool((grid >= 0).all())
 
 
 def _refine(block: np.ndarray, lines: np.ndarray, count: int) -> int:

@@ -26,15 +26,23 @@ _FEW = 8  # so many siblings are also tried one by one
 
 @dataclass
 class _Found:
-    """What trying has taught beyond the labels."""
+    """What trying has taught beyond the labels; heads that go as a whole are given."""
 
+    heads: Sequence[np.ndarray] = ()
     joined: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     grids: list[np.ndarray] = field(default_factory=list)
     ties: list[tuple[int, int]] = field(default_factory=list)
     pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
 
+    def whole(self, coupling: Coupling) -> np.ndarray:
+        """(labels,) bool: the classes that are whole heads."""
+        mark = np.zeros(len(coupling.analysis.classes), dtype=bool)
+        for heads in self.heads:
+            mark[coupling.analysis.classes[heads]] = True
+        return mark
 
-def couple(model: nn.Module, inputs: Inputs) -> Coupling:
+
+def couple(model: nn.Module, inputs: Inputs, *, whole_heads: bool = False) -> Coupling:
     """Find the units of a network by running it on labels, in eval and in train mode.
 
     Then some units of every axis are cut out and taken back again. Where the smaller network does
@@ -47,23 +55,27 @@ def couple(model: nn.Module, inputs: Inputs) -> Coupling:
     Args:
         model: any network.
         inputs: what it runs on; see `Inputs.fitting`.
+        whole_heads: attention heads go as a whole, and keep their width.
     """
     found = _Found()
     analysis = analyse(model, inputs)
+    if whole_heads:
+        found.heads = analysis.heads
+        analysis = analyse(model, inputs, heads=found.heads)
     coupling = _assemble(model, analysis, found)
     for _ in range(_ROUNDS):
-        failed = _try(model, inputs, coupling)
+        failed = _try(model, inputs, coupling, found)
         if not failed:
             return coupling
         if not _tie(model, inputs, coupling, failed, found):
-            failed = _try(model, inputs, coupling, one_by_one=True)
+            failed = _try(model, inputs, coupling, found, one_by_one=True)
             if not _tie(model, inputs, coupling, failed, found):
                 if _align(coupling, failed, found):
-                    analysis = analyse(model, inputs, found.joined)
+                    analysis = analyse(model, inputs, found.joined, found.heads)
                 else:
                     _pin(coupling, failed, found)
         coupling = _assemble(model, analysis, found)
-    _pin(coupling, _try(model, inputs, coupling, one_by_one=True), found)
+    _pin(coupling, _try(model, inputs, coupling, found, one_by_one=True), found)
     return _assemble(model, analysis, found)
 
 
@@ -90,7 +102,12 @@ def _with_pins(axis: Axis, reasons: dict[int, str]) -> Axis:
 
 
 def _try(
-    model: nn.Module, inputs: Inputs, coupling: Coupling, *, one_by_one: bool = False
+    model: nn.Module,
+    inputs: Inputs,
+    coupling: Coupling,
+    found: _Found,
+    *,
+    one_by_one: bool = False,
 ) -> dict[int, str]:
     """Why axes cannot be cut, by their place.
 
@@ -98,13 +115,17 @@ def _try(
     """
     generator = torch.Generator().manual_seed(0)
     some = {a: _some(axis, generator) for a, axis in enumerate(coupling.axes) if axis.bundles > 1}
+    whole = found.whole(coupling)
 
     def attempt(groups: list[tuple[int, ...]]) -> str | None:
         remove = {a: some[a] for group in groups for a in group}
         return wiring(model, inputs, coupling, coupling.axes, remove, modes=[False])[0]
 
     failed: dict[tuple[int, ...], str] = {}
-    good = settle([], _siblings(coupling, list(some)), attempt, failed)
+    groups = _siblings(coupling, list(some))
+    alone = [g for g in groups if whole[coupling.axes[g[0]].classes.numpy()].any()]
+    good = settle([], alone, attempt, failed)  # heads are cut without what their layers read
+    good = settle(good, [g for g in groups if g not in alone], attempt, failed)
     if one_by_one:
         torn = [group for group in failed if 1 < len(group) <= _FEW]
         for group in torn:
@@ -197,8 +218,11 @@ def _tie_together(
     """Tie the axes of each group, where the network can be cut so; whether it can."""
     remove: dict[int, Tensor] = {}
     tied: list[list[np.ndarray]] = []
+    whole = found.whole(coupling)
     for group in groups:
         axes = [coupling.axes[a] for a in group]
+        if any(whole[x.classes.numpy()].any() for x in axes):
+            return False  # they have no width that could follow another
         places = min(x.size // x.blocks for x in axes)
         if places < 2 or any(len(x.free) < x.size or not _divides(x, places) for x in axes):
             return False

@@ -122,6 +122,7 @@ class Run:
         factors: for the first, second, ... multiplication with a number, what was multiplied.
         grids: labels of channels that a view or an operation splits into a grid; a cut must
             leave a grid.
+        heads: labels of the channels of attention heads, (heads, width) each.
         roles: what parameters' positions do.
         consumed: labels that a next layer reads.
         arrivals: what arrives there, where numbers are watched.
@@ -136,6 +137,7 @@ class Run:
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
     factors: dict[int, Factor] = field(default_factory=dict)
     grids: list[Tensor] = field(default_factory=list)
+    heads: list[Tensor] = field(default_factory=list)
     roles: set[tuple[Dim, str]] = field(default_factory=set)
     consumed: list[Tensor] = field(default_factory=list)
     arrivals: list[Arrival] = field(default_factory=list)
@@ -254,13 +256,16 @@ class Tracer(TorchDispatchMode):
             return None
         return self.merge(f, dims)
 
-    def keep_lines(self, f: Field, dims: Collection[int], reason: str) -> Field | None:
-        """`f` keeps its size along these dimensions: lines across them lose equally many."""
-        if set(dims) >= set(f.dims):
-            self.pin([f], reason)
-            return None
-        self.grid(f.labels.movedim(sorted(dims), list(range(len(dims)))))
-        return f
+    def meet_fixed(self, f: Field, dims: Collection[int], reason: str) -> Field | None:
+        """`f` meets something of fixed size along these dimensions, element by element.
+
+        Where it is the first of them, as groups are, its lines lose equally many.
+        """
+        others = set(f.dims) - set(dims)
+        if others and max(dims) < min(others):
+            self.grid(f.labels)
+            return f
+        return self.hold(f, sorted(dims), reason)
 
     def mix(self, f: Field, reason: str) -> None:
         """An operation computes across the channels of `f`, and depends on their number."""

@@ -101,7 +101,7 @@ def _held(t: Tracer, f: Field, operands: Sequence[Any], name: str) -> Field | No
         for d in f.dims
         if shape[d] > 1 and not any(d in g.dims for g in own)
     }
-    return t.keep_lines(f, bare, f"{name} with a tensor of fixed size") if bare else f
+    return t.meet_fixed(f, bare, f"{name} with a tensor of fixed size") if bare else f
 
 
 # --- layers ------------------------------------------------------------------------------------
@@ -131,6 +131,7 @@ def _batches(
 ) -> tuple[list[Field], list[Field]]:
     """Fields that vary over the batch (heads) join; those that vary there alone, with all."""
     over = [f for f in rows + columns if 0 in f.dims]
+    t.said.heads.extend(f.labels.flatten(1) for f in over if len(f.dims) > 1)
     for f in over[1:]:
         first = t.merge(over[0], [d for d in over[0].dims if d])
         t.join(first.labels, f.labels)
@@ -150,6 +151,7 @@ def _contract(
         first = _line(t, left, da, a.ndim)
         second = _line(t, right, db, b.ndim)
         t.join(first, second)
+        t.said.heads.extend(x for x in (first, second) if min(x.shape) > 1)
         if left.source is None and right.source is None:
             t.products[out] = first.reshape(-1)
         if left.source is None:

@@ -152,13 +152,9 @@ def broken(error: Exception) -> str:
 
 
 def left_alone(coupling: Coupling, kept: Mapping[Dim, Tensor]) -> list[int]:
-    """Classes that are left alone along a dimension: a single channel broadcasts, unlabelled."""
-    first, sizes = coupling.analysis.first, coupling.analysis.sizes
-    return [
-        int(coupling.analysis.classes[first[dim] + int(index[0])])
-        for dim, index in kept.items()
-        if len(index) == 1 < sizes[dim]
-    ]
+    """Classes that are left alone along a dimension: a single channel, or head, is no label."""
+    left = (coupling.analysis.own(dim)[index.numpy()] for dim, index in kept.items())
+    return [int(classes[0]) for classes in left if len(classes) and (classes == classes[0]).all()]
 
 
 def settle(

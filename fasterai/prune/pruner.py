@@ -50,6 +50,8 @@ class Pruner:
         example_inputs: what its forward takes: a tensor, a tuple of positional inputs or a dict
             of keyword inputs, on the model's device. At most two samples are used.
         exclude: names or types of layers whose channels stay, or names of blocks of layers.
+        whole_heads: attention heads go as a whole; else each becomes narrower. Where rotary
+            embeddings couple the heads, or code fixes their number, they stay.
 
     Raises:
         ValueError: an unknown layer name, or inputs the model cannot run on.
@@ -66,8 +68,10 @@ class Pruner:
         example_inputs: Any,
         *,
         exclude: LayerChoice | Iterable[LayerChoice] = (),
+        whole_heads: bool = False,
     ) -> None:
         self.model = model
+        self._whole_heads = whole_heads
         self._excluded = pick(model, exclude, "exclude")
         self.inputs, counts = counted(model, example_inputs)
         self.plan: Plan | None = None
@@ -181,7 +185,7 @@ class Pruner:
     # --- inside --------------------------------------------------------------------------------
 
     def _couple(self) -> None:
-        self._coupling = couple(self.model, self.inputs)
+        self._coupling = couple(self.model, self.inputs, whole_heads=self._whole_heads)
         self._axes = [
             axis.pinned("excluded") if self._excluded & set(axis.producers) else axis
             for axis in self._coupling.axes

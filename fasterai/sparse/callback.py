@@ -48,6 +48,7 @@ class SparsifyCallback(Callback):
         round_to: the number of groups kept becomes a multiple of this.
         example_inputs: to see which layers are coupled; default the first training batch.
         mixed: 'filter' also zeroes channels that layer, RMS and group norms normalise together.
+        whole_heads: attention heads are zeroed as a whole; else each becomes narrower.
     """
 
     order = Recorder.order + 5  # after its columns, before the progress bar shows them
@@ -67,6 +68,7 @@ class SparsifyCallback(Callback):
         round_to: int = 1,
         example_inputs: Any = None,
         mixed: bool = False,
+        whole_heads: bool = False,
     ) -> None:
         super().__init__()
         if context not in ("local", "global"):
@@ -80,7 +82,7 @@ class SparsifyCallback(Callback):
         self.min_keep, self.round_to = min_keep, round_to
         self.layers = None if layers is None else as_choices(layers)
         self.exclude, self.example_inputs = as_choices(exclude), example_inputs
-        self.mixed = mixed
+        self.mixed, self.whole_heads = mixed, whole_heads
         self.history: list[tuple[int, float]] = []
         self._sparsifier: Sparsifier | None = None
         self._training = self._silent = False
@@ -181,6 +183,7 @@ class SparsifyCallback(Callback):
                 round_to=self.round_to,
                 example_inputs=example,
                 mixed=self.mixed,
+                whole_heads=self.whole_heads,
             )
         except NothingToSparsify as error:
             if not error.frozen:

@@ -54,6 +54,7 @@ def choose(
     exclude: LayerChoice | Iterable[LayerChoice],
     example_inputs: Any,
     mixed: bool = False,
+    whole_heads: bool = False,
 ) -> Choice:
     """Find the groups of a network; see `Sparsifier` for the arguments.
 
@@ -62,7 +63,7 @@ def choose(
     """
     kinds = maskable_types() if not granularity.is_filter else (nn.Module,)
     chosen = _chosen(model, layers, exclude, kinds)
-    inputs, coupling = _coupled(model, example_inputs, granularity.is_filter)
+    inputs, coupling = _coupled(model, example_inputs, granularity.is_filter, whole_heads)
     if granularity.is_filter and coupling is not None:
         groups, skipped = _units(model, coupling, chosen, mixed)
     else:
@@ -158,7 +159,7 @@ def _chosen(
 
 
 def _coupled(
-    model: nn.Module, example_inputs: Any, needed: bool
+    model: nn.Module, example_inputs: Any, needed: bool, whole_heads: bool
 ) -> tuple[Inputs | None, Coupling | None]:
     guessed = example_inputs is None
     if guessed:
@@ -175,7 +176,7 @@ def _coupled(
         if guessed:
             return None, None
         raise
-    return inputs, couple(model, inputs)
+    return inputs, couple(model, inputs, whole_heads=whole_heads)
 
 
 def _default_inputs(model: nn.Module) -> Tensor | None:

@@ -54,6 +54,8 @@ class Sparsifier:
         mixed: 'filter' also zeroes channels that layer, RMS and group norms normalise together,
             such as the embedding width of a transformer. That changes the norms' statistics;
             `Pruner` then leaves norms that remember their width.
+        whole_heads: attention heads are zeroed as a whole; else each becomes narrower. Where rotary
+            embeddings couple the heads, or code fixes their number, they stay.
 
     Raises:
         ValueError: unknown names, a model with nothing to sparsify, or inputs it cannot run on.
@@ -72,6 +74,7 @@ class Sparsifier:
         round_to: int = 1,
         example_inputs: Any = None,
         mixed: bool = False,
+        whole_heads: bool = False,
     ) -> None:
         if context not in ("local", "global"):
             raise ValueError(f"context must be 'local' or 'global', got {context!r}")
@@ -81,7 +84,9 @@ class Sparsifier:
         self.criteria = as_criterion(criteria)
         self.limits = Limits(min_keep, round_to)
         self.asked: tuple[float, ...] | None = None
-        choice = choose(model, self.granularity, layers, exclude, example_inputs, mixed)
+        choice = choose(
+            model, self.granularity, layers, exclude, example_inputs, mixed, whole_heads
+        )
         self._groups, self._inputs = choice.groups, choice.inputs
         self.skipped, self.frozen_share = choice.skipped, choice.frozen_share
         covered = {k: p for g in self._groups for k, p in g.parameters.items()}
