@@ -87,6 +87,45 @@ def test_heads_go_as_a_whole_where_it_is_asked_for():
     assert model(other).shape == (3, 4)
 
 
+class Tokens(nn.Module):
+    """Attention over positions, some of which are parameters themselves."""
+
+    def __init__(self, width=24):
+        super().__init__()
+        self.stem, self.register = nn.Linear(10, width), nn.Parameter(torch.zeros(1, 3, width))
+        self.blocks = nn.ModuleList([Heads(width), Heads(width)])
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = torch.cat([self.register.expand(len(x), -1, -1), self.stem(x)], 1)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean(1))
+
+
+class Heads(nn.Module):
+    def __init__(self, width, heads=3):
+        super().__init__()
+        self.heads, self.head_dim = heads, width // heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        qkv = self.qkv(x).view(n, t, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_scales_are_made_good_once_for_each_layer():
+    model, x = lively(Tokens()), sequences()
+    Sparsifier(model, "filter", example_inputs=x).sparsify_model(0.5)
+    sparse, pruner = copy.deepcopy(model), Pruner(model, x)
+    pruner.prune_model()
+    assert len(pruner.kept()) == 0 and [b.head_dim for b in model.blocks] == [4, 4]
+    other = sequences(3, 5, seed=1)
+    assert apart(sparse(other), model(other)) < 1e-12
+
+
 def test_an_embedding_width_goes_where_it_is_asked_for():
     model = lively(Attention())
     x = sequences()

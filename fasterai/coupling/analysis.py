@@ -243,7 +243,8 @@ def _grids(classes: np.ndarray, runs: Sequence[Run]) -> list[np.ndarray]:
 
 
 def _renamed(classes: np.ndarray, factor: Factor) -> Factor:
-    return replace(factor, over=torch.from_numpy(np.unique(classes[_vector(factor.over)])))
+    over = _vector(factor.over)
+    return replace(factor, over=torch.from_numpy(np.unique(classes[over[over >= 0]])))
 
 
 def _read(classes: np.ndarray, runs: Sequence[Run]) -> np.ndarray:

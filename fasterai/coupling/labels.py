@@ -276,7 +276,8 @@ class Tracer(TorchDispatchMode):
         over = self.products.get(x)
         product = over is not None
         if over is None:
-            over = next((f.labels.reshape(-1) for f in self.of(x) if f.dims), torch.zeros(0).long())
+            own = [f.labels.reshape(-1) for f in self.of(x) if f.dims]
+            over = torch.cat([torch.zeros(0, dtype=torch.int64), *own])
         self.count += 1
         self.said.factors[self.count] = Factor(over, value, product)
 

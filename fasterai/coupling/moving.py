@@ -205,9 +205,11 @@ def concatenation(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     """Channels side by side keep their labels; maps side by side join theirs."""
     parts = [x for x in args[0] if x.numel()]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    computed = any(f.source is None for x in parts for f in t.of(x))
     for x in parts:
-        if len(t.of(x)) == 1:  # a vector of parameters, such as a class token
-            t.mark(t.of(x)[0], SHIFT)
+        if computed or len(t.of(x)) == 1:  # parameters such as a class token, not a weight's parts
+            for f in t.of(x):
+                t.mark(f, SHIFT)
     t.attach(out, [_side_by_side(t, parts, dim), *_one_behind_the_other(t, parts, dim)])
 
 

@@ -121,14 +121,16 @@ def compensation(
     for change in changes:
         for axis in axes:
             units = torch.isin(axis.classes, change.over)
-            if units.any():
-                slots = [s for s in axis.having(PRODUCE) if units[s.unit].any()]
-                makers = {s.module for s in axis.slots if s.role != CONSUME}
-                both = len(makers) == 1 and int(slots[0].unit.bincount().max()) == 1
-                ratio = change.value**0.5 if change.product and both else change.value
-                for dim, index in _one_side(axis, slots, units):
-                    size = coupling.analysis.sizes[dim]
-                    found.setdefault(dim, torch.ones(size, dtype=torch.float64))[index] /= ratio
+            slots = [s for s in axis.having(PRODUCE) if units[s.unit].any()]
+            if not slots:
+                continue
+            makers = {s.module for s in axis.slots if s.role != CONSUME}
+            both = len(makers) == 1 and int(slots[0].unit.bincount().max()) == 1
+            ratio = change.value**0.5 if change.product and both else change.value
+            for dim, index in _one_side(axis, slots, units):
+                size = coupling.analysis.sizes[dim]
+                found.setdefault(dim, torch.ones(size, dtype=torch.float64))[index] /= ratio
+            break  # made good once
     return found
 
 

@@ -59,13 +59,13 @@ def replay(
 
 
 def _changed(before: Mapping[int, Factor], after: Mapping[int, Factor]) -> list[Factor]:
-    found: dict[int, Factor] = {}
+    found: dict[bytes, Factor] = {}
     for i, was in before.items():
         now = after.get(i, was).value
         if was.value != now and was.value and now and len(was.over):
-            first = int(was.over[0])
-            ratio = found[first].value if first in found else 1.0
-            found[first] = replace(was, value=ratio * now / was.value)
+            what = was.over.numpy().tobytes()
+            ratio = found[what].value if what in found else 1.0
+            found[what] = replace(was, value=ratio * now / was.value)
     return list(found.values())
 
 
