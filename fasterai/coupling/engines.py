@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .inputs import map_tensors, operands_in
-from .labels import Tracer
+from .labels import Beside, Tracer
 
 __all__ = ["Literals", "Muted", "Shapes", "numbers"]
 
@@ -36,7 +35,7 @@ class Shapes:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.twins = WeakTensorKeyDictionary()
+        self.twins = Beside()
 
     def __call__(
         self, t: Tracer, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]

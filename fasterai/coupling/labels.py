@@ -159,6 +159,36 @@ def dims_of(model: nn.Module) -> dict[Dim, Tensor]:
     }
 
 
+class Beside:
+    """Values beside tensors, which it keeps alive: quick, and for tensors that hold no numbers."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, Any]] = {}
+
+    def __contains__(self, x: Tensor) -> bool:
+        return id(x) in self._known
+
+    def __getitem__(self, x: Tensor) -> Any:
+        return self._known[id(x)][1]
+
+    def __setitem__(self, x: Tensor, value: Any) -> None:
+        self._known[id(x)] = x, value
+
+    def get(self, x: Tensor, default: Any = None) -> Any:
+        """The value beside `x`."""
+        found = self._known.get(id(x))
+        return default if found is None else found[1]
+
+    def setdefault(self, x: Tensor, value: Any) -> Any:
+        """The value beside `x`, which is this one if there was none."""
+        return self._known.setdefault(id(x), (x, value))[1]
+
+    def pop(self, x: Tensor, default: Any = None) -> Any:
+        """The value that was beside `x`."""
+        found = self._known.pop(id(x), None)
+        return default if found is None else found[1]
+
+
 class Tracer(TorchDispatchMode):
     """Carries label fields beside the tensors of a run; `said` is what it found.
 
@@ -168,6 +198,7 @@ class Tracer(TorchDispatchMode):
         follow: passes labels through an operation: (tracer, operation, args, kwargs, result).
         engine: executes the operations; see `engines`.
         watch: note with what values each channel arrives at its consumers.
+        beside: what holds values beside tensors.
     """
 
     def __init__(
@@ -178,6 +209,7 @@ class Tracer(TorchDispatchMode):
         engine: Engine,
         *,
         watch: bool = False,
+        beside: type = WeakTensorKeyDictionary,
     ) -> None:
         super().__init__()
         self.follow, self.engine = follow, engine
@@ -185,14 +217,14 @@ class Tracer(TorchDispatchMode):
         self.watch = watch
         self.count = 0
         self.parameters = {name for name, _ in model.named_parameters()}
-        self.fields = WeakTensorKeyDictionary()
+        self.fields = beside()
         largest = max((int(k.max()) for k in labels.values() if len(k)), default=0)
         self.total = largest + 2  # FIXED, -1, has a place of its own
-        self.moving = WeakTensorKeyDictionary()  # (labels,) bool: channels that zeros did not make
-        self.made = WeakTensorKeyDictionary()  # by a layer: the name of its weight
-        self.products = WeakTensorKeyDictionary()  # of two activations: the labels they were over
-        self.uniform = WeakTensorKeyDictionary()  # constants made in the run, of one value
-        self.fixed = WeakTensorKeyDictionary()  # parameters, buffers and what is made of them alone
+        self.moving = beside()  # (labels,) bool: channels that zeros did not make
+        self.made = beside()  # by a layer: the name of its weight
+        self.products = beside()  # of two activations: the labels they were over
+        self.uniform = beside()  # constants made in the run, of one value
+        self.fixed = beside()  # parameters, buffers and what is made of them alone
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
         for tensor in tensors.values():
             self.fixed[tensor] = True

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .engines import Literals, Muted, Shapes, numbers
 from .inputs import Inputs, plainly, run_quietly, tensors_in
-from .labels import Dim, Engine, Run, Tracer
+from .labels import Beside, Dim, Engine, Run, Tracer
 from .rules import follow
 
 __all__ = ["run_labels", "run_numbers"]
@@ -67,7 +68,8 @@ def _run(
     watch: bool,
 ) -> tuple[Run, Any]:
     with run_quietly(model, training), plainly(), _recurrence_shown(model):
-        tracer = Tracer(model, labels, follow, engine, watch=watch)  # it knows this run's buffers
+        beside = Beside if isinstance(engine, Shapes) else WeakTensorKeyDictionary
+        tracer = Tracer(model, labels, follow, engine, watch=watch, beside=beside)
         with tracer:
             out = inputs(model)
     for x in tensors_in(out):
