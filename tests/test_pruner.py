@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import ALL, Gated, Parted, Plain, Residual, TwoHeads, apart, conv, images, make
+from networks import ALL, Gated, Parted, Plain, Residual, TwoHeads, apart, conv, images, make, shake
 from torch import nn
 
 from fasterai.core.criteria import random_scores, squared_final
@@ -450,3 +450,35 @@ def test_unverified_cuts_are_still_replayed():
     pruner = Pruner(model, images())
     pruner.prune_model(0.5, verify=False, criteria=random_scores)
     assert pruner.max_abs_diff is None and model.a.out_channels == 4
+
+
+class Auxiliary(nn.Module):
+    """A second head that only runs in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = conv(3, 8), nn.Linear(8, 4)
+        self.aux, self.aux_norm, self.aux_head = conv(8, 6), nn.BatchNorm2d(6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.body(x).relu()
+        out = self.head(x.mean((2, 3)))
+        if not self.training:
+            return out
+        return out, self.aux_head(self.aux_norm(self.aux(x)).relu().mean((2, 3)))
+
+
+def test_what_only_runs_in_training_goes_where_it_is_silent_there():
+    model, x = shake(make(Auxiliary)), images(4)
+
+    Sparsifier(model, "filter", example_inputs=x).sparsify_model(0.5)
+    sparse = copy.deepcopy(model)
+    Pruner(model, x).prune_model()
+    assert (model.body.out_channels, model.aux.out_channels) == (4, 3)
+    assert apart(sparse(x), model(x)) < 1e-6
+    before, after = sparse.train()(x), model.train()(x)
+    assert max(map(apart, before, after)) < 1e-5
+    with torch.no_grad():
+        model.aux.weight[0] = 0  # without its norm it speaks: a shift is left
+    with pytest.warns(UserWarning, match="nothing was removed"):
+        Pruner(model, x).prune_model()

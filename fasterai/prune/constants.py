@@ -97,6 +97,10 @@ class Constants:
                     self._keeper[c] = keeper
         return go, reasons
 
+    def unheard(self, axis: Axis) -> set[int]:
+        """The units of an axis that no layer reads in eval mode."""
+        return {u for u, c in enumerate(axis.classes.tolist()) if c not in self._seen}
+
     def _loudest(self, c: int) -> float:
         return max(abs(v) for _, v in self._seen[c])
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion
 from ..core.masks import Limits, select
-from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE
+from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE, SCALE, SHIFT
 from ..coupling.ranking import ranked_bundles, zeroed_units
 from ..coupling.units import Axis
 from .constants import Constants
@@ -33,6 +33,8 @@ def zero_units(
     for a, axis in enumerate(axes):
         zero = zeroed_units(tensors, axis)
         still, reasons = constants.removable(axis)
+        mute = zeroed_units(tensors, axis, (PRODUCE, SCALE, SHIFT))  # in train mode, too
+        still += [u for u in constants.unheard(axis) if mute[u]]
         if not any(tensors[s.parameter].any() for s in axis.having(PRODUCE)):
             still = []  # whole layers of zeros are fresh, not pruned
         silent = []
