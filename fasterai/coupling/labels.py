@@ -30,6 +30,9 @@ __all__ = [
     "dims_of",
 ]
 
+_MOST = (
+    1 << 20
+)  # labels beside one tensor; tables of positions, spread over pairs of them, have more
 FIXED = -1  # a position that belongs to no parameter: a constant, padding, an input
 
 # What a parameter's positions do: produce a channel, scale or shift it, follow it (running
@@ -253,10 +256,17 @@ class Tracer(TorchDispatchMode):
 
     def attach(self, out: Tensor, fields: Sequence[Field | None]) -> None:
         """Give `out` these fields; integers carry none, for they are counts and indices."""
-        if out.is_floating_point() or out.is_complex() or out.dtype == torch.bool:
-            self.fields[out] = tuple(f for f in fields if f is not None)
-        else:
-            self.pin(fields, "made an integer")
+        if not (out.is_floating_point() or out.is_complex() or out.dtype == torch.bool):
+            return self.pin(fields, "made an integer")
+        known = [f for f in fields if f is not None]
+        far = [f for f in known if f.labels.numel() > _MOST]
+        for f in far:
+            there = torch.zeros(self.total, dtype=torch.bool).index_fill_(
+                0, f.labels.flatten() % self.total, True
+            )
+            self.pin([Field(there[:-1].nonzero())], "spread over too many places to follow")
+        self.fields[out] = tuple(f for f in known if f not in far)
+        return None
 
     def join(self, a: Tensor, b: Tensor) -> None:
         """These labels, broadcast against each other, belong together."""
