@@ -183,6 +183,17 @@ def test_the_three_phases_of_the_dsd_paper_are_a_chain():
     assert paper.updates(300) == [(100, 1.0), (200, 0.0)]
 
 
+def test_dsd_of_fasterai_0_4_1_is_a_chain():
+    turning = cos.over(0.0, 0.5).then(cos.over(0.5, 1.0, to=0.0))
+    for t, share in turning.updates(100):
+        assert abs(share - math.sin(math.pi * t / 100) ** 2) < 1e-12
+
+
+def test_a_dip_by_rounding_is_no_way_down():
+    assert not goes_down([(0, 0.5), (1, 0.5 - 1e-12), (2, 1.0)])
+    assert goes_down([(0, 0.5), (1, 0.4), (2, 1.0)])
+
+
 def test_chains_that_overlap_are_refused():
     with pytest.raises(ValueError, match="'lin' starts at 0.2, before 'agp' in front of it ends"):
         agp.then(lin)
