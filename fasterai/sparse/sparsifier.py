@@ -209,7 +209,9 @@ class Sparsifier:
         """Zero these fractions, see `targets`; on the way to those `asked` in the end."""
         self._refuse_pruned()
         counts = self._counts(targets)
-        held = self._held() if self._regrowth is None else self._regrowth.zero
+        held = self._held()
+        if self._regrowth is not None:  # what came back may be zero still, but is not held
+            held = [z & r.to(z.device) for z, r in zip(held, self._regrowth.zero, strict=True)]
         if self._more(counts, held):
             sizes = [g.size for g in self._groups]
             widths = [g.width for g in self._groups]
