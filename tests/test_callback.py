@@ -17,7 +17,16 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fasterai.core.criteria import large_final
-from fasterai.core.schedule import agp, lin, one_shot
+from fasterai.core.schedule import (
+    SCHEDULES,
+    agp,
+    cos,
+    dsd,
+    iterative,
+    lin,
+    one_cycle,
+    one_shot,
+)
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.callback import SparsifyCallback
 
@@ -44,6 +53,24 @@ def learner(model=None, **kwargs):
     learn.remove_cb(learn.progress)
     learn.logger = lambda _: None
     return learn
+
+
+def weights_at_zero(learn):
+    """Over all layers but the output layer."""
+    model = learn.model
+    return sum(int((m.weight == 0).sum()) for m in (model.stem, model.c1, model.c2, model.c3))
+
+
+class Count(Callback):
+    """How many weights are zero after each step, before an update."""
+
+    order = 99
+
+    def before_fit(self):
+        self.zeros = []
+
+    def after_step(self):
+        self.zeros.append(weights_at_zero(self.learn))
 
 
 def filters_at_zero(layer):
@@ -154,10 +181,98 @@ def test_initial_sparsity_and_sparsity_by_layer():
     assert filters_at_zero(learn.model.c1) == 8 and filters_at_zero(learn.model.stem) == 0
 
 
-@pytest.mark.parametrize("granularity", ["weight", "filter"])
+CHAIN = agp.over(0.1, 0.4, to=0.5).then(lin.over(0.6, 0.8))
+UP_AND_BACK = one_shot.over(0.25, 0.25).then(cos.over(0.5, 0.75, to=0.0))
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, CHAIN, UP_AND_BACK], ids=lambda s: s.name)
+@pytest.mark.parametrize("sparsity", [0.7, (0.2, 0.7)])
+def test_every_schedule_from_the_initial_to_the_final_sparsity(schedule, sparsity):
+    learn, count = learner(), Count()
+    cb = SparsifyCallback(sparsity, context="global", schedule=schedule)
+    learn.fit(3, cbs=[cb, count])
+    initial, final = sparsity if isinstance(sparsity, tuple) else (0.0, sparsity)
+    total = sum(m.weight.numel() for m in (learn.model.stem, learn.model.c1, learn.model.c2))
+    total += learn.model.c3.weight.numel()
+    now, shares = round(initial * total), dict(schedule.updates(24, 8))
+    expected = []
+    for t in range(24):
+        if t in shares:
+            now = round((initial + shares[t] * (final - initial)) * total)
+        expected.append(now)
+    assert count.zeros == expected
+    end = schedule.updates(24, 8)[-1][1]
+    table = cb.report().set_index("layer")
+    asked = final if end == 1.0 else initial
+    assert table.loc["total", "asked"] == pytest.approx(asked)
+    assert table.loc["total", "n"] == round(asked * total)
+    start = [0] if initial and 0 not in shares else []
+    assert [t for t, _ in cb.history] == start + list(shares)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "row", "column", "kernel"])
+@pytest.mark.parametrize("context", ["local", "global"])
+def test_dsd_ends_dense_and_trained(granularity, context):
+    learn = learner()
+    cb = SparsifyCallback(0.5, granularity, context, schedule=dsd)
+    learn.fit(5, cbs=cb)
+    reached = [share for _, share in cb.history]
+    top = reached.index(max(reached))
+    assert reached[top] == 0.5 and reached[-1] == 0.0
+    assert reached[: top + 1] == sorted(reached[: top + 1])
+    assert reached[top:] == sorted(reached[top:], reverse=True)
+    assert weights_at_zero(learn) == 0
+
+
+def test_dsd_leaves_zeros_that_were_there_before():
+    learn = learner()
+    learn.fit(1, cbs=SparsifyCallback(0.25, schedule=one_shot))
+    names = ["stem", "c1", "c2", "c3"]
+    before = {k: learn.model.get_submodule(k).weight == 0 for k in names}
+    learn.fit(5, cbs=SparsifyCallback(0.75, schedule=dsd))
+    after = {k: learn.model.get_submodule(k).weight == 0 for k in names}
+    assert all(torch.equal(before[k], after[k]) for k in names)
+    learn.fit(5, cbs=SparsifyCallback(0.1, schedule=dsd))  # below what is held
+    assert all(torch.equal(before[k], learn.model.get_submodule(k).weight == 0) for k in names)
+
+
+def test_weights_that_come_back_keep_their_place_while_steps_are_skipped():
+    learn, count = learner(), Count()
+    fail = Fail(CancelStepException(), "before_step", lambda s: s.epoch > 0)
+    cb = SparsifyCallback(0.5, context="global", schedule=dsd.over(0.0, 1.0))
+    learn.fit(3, cbs=[cb, fail, count])  # nothing moves on the whole way down
+    assert cb.history[-1] == (24, 0.0)
+    learn.fit(1)
+    assert weights_at_zero(learn) == 0
+
+
+@pytest.mark.parametrize("schedule", [dsd, UP_AND_BACK, lambda p: 4 * p * (1 - p)])
+def test_filters_do_not_follow_a_schedule_that_goes_down(schedule):
+    learn = learner()
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    with pytest.raises(Exception, match="filters cannot come back.*'kernel'.*agp"):
+        learn.fit(1, cbs=SparsifyCallback(0.5, "filter", schedule=schedule))
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "schedule", [iterative, one_cycle, CHAIN], ids=["iterative", "one_cycle", "chain"]
+)
+def test_filters_follow_all_others(schedule):
+    learn, watch = learner(), Watch()
+    learn.fit(3, cbs=[SparsifyCallback(0.5, "filter", schedule=schedule), watch])
+    now, shares, expected = 0, dict(schedule.updates(24)), []
+    for t in range(1, 25):
+        now = round(0.5 * shares[t] * 16) if t in shares else now
+        expected.append(now)
+    assert watch.seen == expected and watch.inside
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter", "dsd"])
 def test_zero_sparsity_trains_bit_for_bit_like_no_callback(granularity):
     states = []
-    for cbs in ([], [SparsifyCallback(0.0, granularity)]):
+    zero = {"schedule": dsd} if granularity == "dsd" else {"granularity": granularity}
+    for cbs in ([], [SparsifyCallback(0.0, **zero)]):
         learn = learner()
         torch.manual_seed(1)
         learn.fit(2, cbs=cbs)
@@ -245,8 +360,9 @@ def test_training_goes_on_with_the_pruned_network():
     )
 
 
-def test_save_load_and_export(tmp_path):
-    cb = SparsifyCallback(0.5, "filter")
+@pytest.mark.parametrize("schedule", [agp, one_cycle, CHAIN], ids=lambda s: s.name)
+def test_save_load_and_export(tmp_path, schedule):
+    cb = SparsifyCallback(0.5, "filter", schedule=schedule)
     learn = learner(cbs=cb, path=tmp_path)
     learn.fit(2)
     learn.save("sparse")
@@ -267,6 +383,8 @@ def test_schedules_that_do_not_fit_are_warned_of():
         learner().fit(1, cbs=SparsifyCallback(0.5, schedule=agp.over(start=500, end=600)))
     with pytest.warns(UserWarning, match="target is not reached.*due at step 20"):
         learner().fit(1, cbs=SparsifyCallback(0.5, schedule=agp.over(start=0, end=20)))
+    with pytest.warns(UserWarning, match="gets to 50% of the way"):
+        learner().fit(1, cbs=SparsifyCallback(0.5, schedule=agp.over(to=0.5)))
 
 
 def test_a_schedule_of_ones_own_and_once_an_epoch():

@@ -53,3 +53,18 @@ def test_a_sparsifier_follows_its_model(device):
         model.a.weight.fill_(1.0)
     sparsifier.apply()
     assert int((model.a.weight == 0).sum()) == model.a.weight.numel() // 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("context", ["local", "global"])
+def test_weights_come_back_in_a_model_that_moved(context, device):
+    model = make(ALL[0])
+    sparsifier = Sparsifier(model, context=context, example_inputs=images(), regrow=True)
+    sparsifier.sparsify_model(0.3)
+    model.to(device)
+    sparsifier.sparsify_model(0.6)
+    sparsifier.regrow_model(0.3)
+    covered = sum(m.numel() for m in sparsifier.masks.values())
+    assert abs(sparsifier.reached() - 0.3) * covered <= len(sparsifier.masks)
+    sparsifier.regrow_model(0.0)
+    assert all(bool(m.all()) for m in sparsifier.masks.values())

@@ -7,7 +7,8 @@ import torch
 from networks import Depthwise, Plain, Reused, images, make
 from torch import nn
 
-from fasterai.measure.pictures import plot_training, plot_widths
+from fasterai.core.schedule import SCHEDULES, agp, lin
+from fasterai.measure.pictures import plot_schedules, plot_training, plot_widths
 from fasterai.measure.profile import compare, layer_costs, macs, profile
 from fasterai.prune.pruner import Pruner
 
@@ -90,3 +91,15 @@ def test_pictures_show_the_numbers():
     assert heights == [8, 12, 10, 5, 4, 6, 5, 5]
     lines = plot_training([1, 2], [0.5, 0.75], [(0.5, 0.1), (1.5, 0.5)]).get_lines()
     assert list(lines[1].get_ydata()) == [0.5, 0.75] and lines[0].get_ydata()[-1] == 0.5
+
+
+def test_all_schedules_in_one_figure():
+    axes = plot_schedules()
+    shown = [ax for ax in axes.flat if ax.get_visible()]
+    assert [ax.get_title() for ax in shown] == [s.name for s in SCHEDULES]
+    for ax, schedule in zip(shown, SCHEDULES, strict=True):
+        drawn = dict(zip(*ax.get_lines()[0].get_data(), strict=True))
+        assert all(drawn[t / 1000] == share for t, share in schedule.updates(1000))
+    chain = agp.over(0.1, 0.3, to=0.5).then(lin.over(0.6, 0.8, every="epoch"))
+    (row,) = plot_schedules([chain, lin], total=100)
+    assert [ax.get_title() for ax in row] == ["agp, lin", "lin"]

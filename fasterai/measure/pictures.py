@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
-__all__ = ["plot_steps", "plot_training", "plot_widths"]
+from ..core.schedule import SCHEDULES, Chain, Schedule
+
+__all__ = ["plot_schedules", "plot_steps", "plot_training", "plot_widths"]
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#BBBBBB"  # apart for the colour-blind
 
@@ -28,6 +30,39 @@ def plot_steps(
     ax.step(x, y, where="post", color=_ORANGE)
     ax.set(xlabel="training step", ylabel=ylabel, title=title, ylim=(-0.03, 1.03))
     return ax
+
+
+def plot_schedules(
+    schedules: Iterable[Schedule | Chain] = SCHEDULES, total: int = 1000, columns: int = 4
+) -> Any:
+    """All schedules in one figure: the share of the target over a fit of `total` steps.
+
+    Grey is the part of the fit in which updates happen; dots are updates, where they are few.
+    Returns an array of matplotlib axes.
+    """
+    import matplotlib.pyplot as plt
+
+    schedules = list(schedules)
+    rows, columns = -(-len(schedules) // columns), min(columns, len(schedules))
+    size = {"figsize": (2.5 * columns, 2.1 * rows), "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, **size)
+    for ax, schedule in zip(axes.flat, schedules, strict=False):
+        updates = schedule.updates(total, per_epoch=max(1, total // 10))
+        t, shares = zip(*updates, strict=True)
+        ax.axvspan(t[0] / total, t[-1] / total, color=_GREY, alpha=0.3, linewidth=0)
+        x = [0, *(step / total for step in t), max(1, t[-1] / total)]
+        ax.step(x, [0, *shares, shares[-1]], where="post", color=_ORANGE)
+        if len(updates) <= 10:
+            ax.plot(x[1:-1], shares, "o", color=_ORANGE, markersize=4)
+        ax.set_title(schedule.name, fontsize=10)
+        ax.set(xlim=(0, 1), ylim=(-0.05, 1.08), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    for ax in axes.flat[len(schedules) :]:
+        ax.set_visible(False)
+    for ax in axes[-2, columns - (rows * columns - len(schedules)) :] if rows > 1 else ():
+        ax.tick_params(labelbottom=True)  # nothing stands below it
+    figure.supxlabel("share of the fit", fontsize=10)
+    figure.supylabel("share of the target", fontsize=10)
+    return axes
 
 
 def plot_training(

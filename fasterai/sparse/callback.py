@@ -15,7 +15,7 @@ from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.granularity import Granularity
 from ..core.masks import Limits, as_fraction
 from ..core.names import LayerChoice, as_choices
-from ..core.schedule import Schedule, agp, as_schedule
+from ..core.schedule import Chain, Schedule, agp, as_schedule, falls, goes_down
 from ..measure.pictures import plot_steps
 from .choose import NothingToSparsify
 from .sparsifier import Sparsifier
@@ -34,13 +34,15 @@ class SparsifyCallback(Callback):
 
     Args:
         sparsity: the share of the groups to zero, a fraction in [0, 1]; a pair
-            (initial, final); or {layer name: fraction} under 'local', the others staying dense.
-            Without an initial value the way begins at what is already zero, and that stays zero.
+            (initial, final), the initial one from the first step on; or {layer name: fraction}
+            under 'local', the others staying dense. Without an initial value the way begins at
+            what is already zero, and that stays zero.
         granularity: 'weight', 'row', 'column', 'kernel', 'filter', ...; see `Sparsifier`.
         context: 'local' reaches the sparsity in each layer, 'global' over all of them.
         criteria: scores of weights, higher = keep.
         schedule: share of the way by progress; `agp` runs from 0.2 to 0.8 of the fit. Any other
-            function from [0, 1] to [0, 1] runs over the whole fit.
+            function from [0, 1] to [0, 1] runs over the whole fit. Where one goes down, as `dsd`
+            does, weights come back; see `Sparsifier.regrow_model`. Filters cannot.
         layers: names or types of layers to sparsify; default every conv and linear layer but the
             output layer.
         exclude: names or types of layers to leave alone.
@@ -60,7 +62,7 @@ class SparsifyCallback(Callback):
         granularity: str = "weight",
         context: str = "local",
         criteria: Criterion | Callable[[Tensor], Tensor] = large_final,
-        schedule: Schedule | Callable[[float], float] = agp,
+        schedule: Schedule | Chain | Callable[[float], float] = agp,
         *,
         layers: LayerChoice | Iterable[LayerChoice] | None = None,
         exclude: LayerChoice | Iterable[LayerChoice] = (),
@@ -156,7 +158,7 @@ class SparsifyCallback(Callback):
         self._total = self.n_epoch * self.n_iter
         self._updates = self.schedule.updates(self._total, self.n_iter)
         self._warn_of_span()
-        self.history, self._done = [], 0
+        self.history, self._done, self._share = [], 0, 0.0
         self._sparsifier = sparsifier = self._sparsifier_of_model()
         if sparsifier is not None:
             self._to = sparsifier.targets(self.sparsity)
@@ -167,6 +169,9 @@ class SparsifyCallback(Callback):
             if not any(self._to):
                 sparsifier.release()  # nothing is asked: train as without a callback
             sparsifier.apply()
+            if any(self._from) and self._updates[0][0] > 0 and initial is not None:
+                sparsifier.sparsify_to(self._from, asked=self._to)
+                self.history.append((0, sparsifier.reached()))
         self._training = True
 
     def _sparsifier_of_model(self) -> Sparsifier | None:
@@ -184,6 +189,7 @@ class SparsifyCallback(Callback):
                 example_inputs=example,
                 mixed=self.mixed,
                 whole_heads=self.whole_heads,
+                regrow=goes_down(self._updates),
             )
         except NothingToSparsify as error:
             if not error.frozen:
@@ -209,13 +215,20 @@ class SparsifyCallback(Callback):
         self._done = due
         if self._sparsifier is None:
             return
-        share = self._updates[due - 1][1]
+        share, before = self._updates[due - 1][1], self._share
+        self._share = share
         if not any(self._to):
             return
-        way = zip(self._from, self._to, strict=True)
-        now = [(1 - share) * a + share * b for a, b in way]
-        self._sparsifier.sparsify_to(now, asked=self._to)
+        if falls(before, share):
+            self._sparsifier.regrow_to(self._at(share), asked=self._at(self._updates[-1][1]))
+        else:
+            self._sparsifier.sparsify_to(self._at(share), asked=self._to)
         self.history.append((finished, self._sparsifier.reached()))
+
+    def _at(self, share: float) -> list[float]:
+        """The sparsities at this share of the way; it never leads below where it began."""
+        way = zip(self._from, self._to, strict=True)
+        return [(1 - share) * a + share * max(a, b) for a, b in way]
 
     def _warn_of_span(self) -> None:
         first, last = self._updates[0][0], self._updates[-1][0]
@@ -231,10 +244,11 @@ class SparsifyCallback(Callback):
                 f"the fit has {self._total}; train longer, end it earlier or update more often",
                 stacklevel=2,
             )
-        elif self._updates[-1][1] < 1:
+        elif max(share for _, share in self._updates) < 1:
+            furthest = max(share for _, share in self._updates)
             warnings.warn(
-                f"the schedule ends at {self._updates[-1][1]:.0%} of the way to the target: it "
-                f"should go from progress to the share of the way, 1 at the end",
+                f"the schedule gets to {furthest:.0%} of the way to the target: it should go from "
+                f"progress to the share of the way, and reach 1",
                 stacklevel=2,
             )
 

@@ -15,11 +15,18 @@ from ..core.masks import Limits, apply_masks, as_fraction, select
 from ..core.names import LayerChoice, unknown_name
 from ..measure.profile import macs
 from .choose import choose
+from .regrow import Regrowth
 from .report import sparsity_report
 
 __all__ = ["Sparsifier", "Sparsity"]
 
 Sparsity = float | Mapping[str, float]
+
+_FILTERS_STAY = (
+    "filters cannot come back: with a filter, its bias and its norm's scale and shift at zero, no "
+    "gradient passes a ReLU behind them, so they would stay zero for ever. Use granularity "
+    "'weight', 'row', 'column' or 'kernel', or a schedule that does not go down, such as agp"
+)
 
 
 class Sparsifier:
@@ -56,6 +63,8 @@ class Sparsifier:
             `Pruner` then leaves norms that remember their width.
         whole_heads: attention heads are zeroed as a whole; else each becomes narrower. Where rotary
             embeddings couple the heads, or code fixes their number, they stay.
+        regrow: let zeroed weights come back with `regrow_model`; needs a score (4 bytes) and a bool
+            of memory for each group. Not for 'filter'.
 
     Raises:
         ValueError: unknown names, a model with nothing to sparsify, or inputs it cannot run on.
@@ -75,6 +84,7 @@ class Sparsifier:
         example_inputs: Any = None,
         mixed: bool = False,
         whole_heads: bool = False,
+        regrow: bool = False,
     ) -> None:
         if context not in ("local", "global"):
             raise ValueError(f"context must be 'local' or 'global', got {context!r}")
@@ -83,6 +93,8 @@ class Sparsifier:
         self.context = context
         self.criteria = as_criterion(criteria)
         self.limits = Limits(min_keep, round_to)
+        if regrow and self.granularity.is_filter:
+            raise ValueError(_FILTERS_STAY)
         self.asked: tuple[float, ...] | None = None
         choice = choose(
             model, self.granularity, layers, exclude, example_inputs, mixed, whole_heads
@@ -96,6 +108,7 @@ class Sparsifier:
             name: torch.ones_like(p, dtype=torch.uint8) for name, p in covered.items()
         }
         self._set(self._held())
+        self._regrowth = Regrowth(self._held()) if regrow else None
 
     # --- public --------------------------------------------------------------------------------
 
@@ -107,6 +120,23 @@ class Sparsifier:
                 they are. What is zero already stays, also where the fraction is smaller.
         """
         self.sparsify_to(self.targets(sparsity))
+        return self.model
+
+    def regrow_model(self, sparsity: Sparsity) -> nn.Module:
+        """Let weights come back until this share of the groups is zero, and return the model.
+
+        They start at zero and learn again, where a gradient reaches them: not in a layer whose
+        output a ReLU shuts off on all inputs. The group whose score was highest when it was zeroed
+        comes back first, what was zero from the start last. What is not zero stays, also where the
+        fraction is larger.
+
+        Args:
+            sparsity: a fraction in [0, 1], or {layer name: fraction}; layers not named come back.
+
+        Raises:
+            RuntimeError: made without `regrow=True`.
+        """
+        self.regrow_to(self.targets(sparsity))
         return self.model
 
     def apply(self) -> None:
@@ -178,20 +208,32 @@ class Sparsifier:
     def sparsify_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
         """Zero these fractions, see `targets`; on the way to those `asked` in the end."""
         self._refuse_pruned()
-        free = [g.free for g in self._groups]
-        if self.context == "global":
-            counts: int | list[int] = round(targets[0] * sum(free))
-        else:
-            counts = [round(s * n) for s, n in zip(targets, free, strict=True)]
+        counts = self._counts(targets)
         held = self._held()
+        if self._regrowth is not None:  # what came back may be zero still, but is not held
+            held = [z & r.to(z.device) for z, r in zip(held, self._regrowth.zero, strict=True)]
         if self._more(counts, held):
             sizes = [g.size for g in self._groups]
             widths = [g.width for g in self._groups]
-            held = select(
-                self.scores(), counts, held=held, sizes=sizes, widths=widths, limits=self.limits
-            )
+            scores = self.scores()
+            held = select(scores, counts, held=held, sizes=sizes, widths=widths, limits=self.limits)
+            if self._regrowth is not None:
+                self._regrowth.went(held, scores)
         self.asked = tuple(targets if asked is None else asked)
         self._set(held)
+        self.apply()
+
+    def regrow_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
+        """Let groups come back until these fractions are zero, see `sparsify_to`."""
+        if self._regrowth is None:
+            raise RuntimeError(
+                "nothing was kept to regrow by: make it with Sparsifier(regrow=True)"
+            )
+        self._refuse_pruned()
+        widths = [g.width for g in self._groups]
+        zero = self._regrowth.back(self._counts(targets), widths, self.limits.round_to)
+        self.asked = tuple(targets if asked is None else asked)
+        self._set(zero)
         self.apply()
 
     def scores(self) -> list[Tensor]:
@@ -205,7 +247,7 @@ class Sparsifier:
 
     def release(self) -> None:
         """Let go of the masks; reports go on working."""
-        self.masks, self._any = {}, False
+        self.masks, self._any, self._regrowth = {}, False, None
 
     # --- inside --------------------------------------------------------------------------------
 
@@ -215,6 +257,13 @@ class Sparsifier:
                 "the model was pruned since this Sparsifier looked at it: make a new one; take a "
                 "report before pruning, or ask the Pruner for its own"
             )
+
+    def _counts(self, targets: Sequence[float]) -> int | list[int]:
+        """How many groups these fractions are: over all layers under 'global', or in each."""
+        free = [g.free for g in self._groups]
+        if self.context == "global":
+            return round(targets[0] * sum(free))
+        return [round(s * n) for s, n in zip(targets, free, strict=True)]
 
     def _held(self) -> list[Tensor]:
         return [g.zeroed() for g in self._groups]
