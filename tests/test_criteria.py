@@ -465,6 +465,29 @@ def test_gradients_are_those_of_the_optimizer_step(accumulated):
     assert (runs[1].seen[at - 2] != 0).all()
 
 
+class LossScale(Callback):
+    """The loss times 1024 and the gradients divided by it again, as mixed precision does."""
+
+    order = 10
+
+    def before_backward(self):
+        self.learn.loss_grad = self.loss_grad * 1024
+
+    def before_step(self):
+        for p in self.learn.model.parameters():
+            p.grad.div_(1024)
+
+
+def test_gradients_are_unscaled():
+    mine = Criterion(lambda w, g: w.abs() + 100 * g.abs(), "mine", needs="gradient")
+    states = []
+    for extra in ([], [LossScale()]):
+        learn = learner()
+        learn.fit(1, cbs=[SparsifyCallback(0.5, criteria=mine), *extra])
+        states.append(learn.model.state_dict())
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
 def test_accumulated_gradients_that_never_step_serve_the_last_update():
     learn = learner()
     cb = SparsifyCallback(0.5, criteria=grad_crit, schedule=one_shot.over(1.0, 1.0))

@@ -71,7 +71,7 @@ class Criterion:
         records: where the initial and previous weights are found; set by what keeps them.
     """
 
-    func: Callable[..., Tensor]
+    func: Callable[..., Tensor] = field(repr=False)
     name: str = ""
     reduce: str = "mean"
     needs: str | Iterable[str] = ()
