@@ -50,13 +50,16 @@ def _by_l2(scores: Tensor) -> Tensor:
 
 
 def _lamp(scores: Tensor) -> Tensor:
-    """Sorts the layer: takes some 30 bytes a group while it does."""
+    """Sorts the layer: takes some 50 bytes a group while it does."""
     exact = torch.float32 if scores.device.type == "mps" else torch.float64  # mps has no more
-    squares = scores.to(exact).square()
-    ranked = squares.sort().values
-    at_least = ranked.flip(0).cumsum(0).flip(0)  # the sum of each and all larger ones
-    first = torch.searchsorted(ranked, squares)  # of equal ones, so that they score the same
-    return _divided(squares, at_least[first]).to(scores.dtype)
+    ranked, order = scores.sort()
+    squares = ranked.to(exact).square()
+    at_least = squares.flip(0).cumsum(0).flip(0)  # the sum of each and all that follow
+    at_least[1:].masked_fill_(ranked[1:] == ranked[:-1], torch.inf)
+    at_least = at_least.cummin(0).values  # of equal scores that of the first: they score the same
+    found = torch.empty_like(scores)
+    found[order] = _divided(squares, at_least).to(scores.dtype)
+    return found
 
 
 def _divided(scores: Tensor, by: Tensor) -> Tensor:
