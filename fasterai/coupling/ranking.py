@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.criteria import Criterion
 from ..core.granularity import over_groups
+from ..core.normalise import normalise
 from .labels import PRODUCE
 from .units import Axis
 
@@ -24,8 +25,8 @@ def unit_scores(
         tensors: the network's parameters by name.
         axis: the axis to score.
         criterion: scores of single elements, and how they are reduced.
-        relative: divide by the mean over the axis, to compare units of different axes; not
-            where the criterion's scores are added up.
+        relative: normalise within the axis, to compare units of different axes: as the
+            criterion says, else by the mean, but not where its scores are added up.
     """
     total = size = None
     for slot in axis.having(PRODUCE):
@@ -39,11 +40,10 @@ def unit_scores(
         total.index_add_(0, unit, rows[index].to(total))
         size.index_add_(0, unit, torch.full_like(rows[index], each).to(size))
     free = axis.free.to(total.device)
-    if criterion.reduce == "sum":
-        return total[free]
-    scores = (total / size)[free]
-    mean = scores.mean().abs()
-    return scores / torch.where(mean > 0, mean, 1.0) if relative else scores
+    summed = criterion.reduce == "sum"
+    scores = (total if summed else total / size)[free]
+    norm = criterion.norm or (None if summed else "mean")
+    return normalise(scores, norm if relative else None, axis.name)
 
 
 def ranked_bundles(

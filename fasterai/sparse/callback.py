@@ -18,6 +18,7 @@ from ..core.names import LayerChoice, as_choices
 from ..core.schedule import Chain, Schedule, agp, as_schedule, falls, goes_down
 from ..measure.pictures import plot_steps
 from .choose import NothingToSparsify
+from .records import NothingToCompare
 from .sparsifier import Sparsifier
 
 __all__ = ["SparsifyCallback"]
@@ -39,7 +40,10 @@ class SparsifyCallback(Callback):
             what is already zero, and that stays zero.
         granularity: 'weight', 'row', 'column', 'kernel', 'filter', ...; see `Sparsifier`.
         context: 'local' reaches the sparsity in each layer, 'global' over all of them.
-        criteria: scores of weights, higher = keep.
+        criteria: scores of weights, higher = keep. Initial weights are those at the start of each
+            fit, previous ones those after the last update; copies of them are kept until the fit
+            ends. Gradients are those of the optimizer step, unscaled. An update at which there is
+            nothing to compare yet, or no gradient, waits for the next step.
         schedule: share of the way by progress; `agp` runs from 0.2 to 0.8 of the fit. Any other
             function from [0, 1] to [0, 1] runs over the whole fit. Where one goes down, as `dsd`
             does, weights come back; see `Sparsifier.regrow_model`. Filters cannot.
@@ -106,7 +110,13 @@ class SparsifyCallback(Callback):
             return
         if not self._training:
             self._start()
-        self._update(self._finished)
+        if not self._reads_gradients:
+            self._update(self._finished)
+
+    def before_step(self) -> None:
+        """Update where the criterion reads gradients: they are complete, and not yet zeroed."""
+        if self._training and self._reads_gradients:
+            self._update(self._finished + 1)
 
     def after_step(self) -> None:
         """Zero again what the optimizer moved."""
@@ -115,8 +125,13 @@ class SparsifyCallback(Callback):
 
     def after_batch(self) -> None:
         """Update, where one is due after this many batches."""
-        if self._training and self.training:
+        if not (self._training and self.training):
+            return
+        last = self._finished + 1 == self._total
+        if last or not self._reads_gradients:  # accumulated gradients may end without a step
             self._update(self._finished + 1)
+        if last and self._waiting:
+            warnings.warn(f"the target was not reached: {self._waiting}", stacklevel=2)
 
     def after_validate(self) -> None:
         """Fill the column."""
@@ -125,7 +140,7 @@ class SparsifyCallback(Callback):
             self.learn.recorder.log.append(reached)
 
     def after_fit(self) -> None:
-        """Let go of the masks."""
+        """Let go of the masks and of what the criterion needed."""
         self._training = self._silent = False
         if self._sparsifier is not None:
             self._sparsifier.release()
@@ -153,23 +168,28 @@ class SparsifyCallback(Callback):
     def _finished(self) -> int:
         return self.epoch * self.n_iter + self.iter
 
+    @property
+    def _reads_gradients(self) -> bool:
+        return "gradient" in self.criteria.needs
+
     def _start(self) -> None:
         """Look at the model and the schedule; raises before anything is changed."""
         self._total = self.n_epoch * self.n_iter
         self._updates = self.schedule.updates(self._total, self.n_iter)
         self._warn_of_span()
-        self.history, self._done, self._share = [], 0, 0.0
+        self.history, self._done, self._share, self._waiting = [], 0, 0.0, ""
         self._sparsifier = sparsifier = self._sparsifier_of_model()
         if sparsifier is not None:
             self._to = sparsifier.targets(self.sparsity)
             initial = self.initial
             self._from = sparsifier.held() if initial is None else sparsifier.targets(initial)
             if any(self._to):
-                sparsifier.scores()  # a criterion that fails does so before training
+                sparsifier.try_criteria()  # one that fails does so before training
             if not any(self._to):
                 sparsifier.release()  # nothing is asked: train as without a callback
             sparsifier.apply()
-            if any(self._from) and self._updates[0][0] > 0 and initial is not None:
+            early = self._updates[0][0] > 0 and not self.criteria.needs
+            if initial is not None and any(self._from) and early:
                 sparsifier.sparsify_to(self._from, asked=self._to)
                 self.history.append((0, sparsifier.reached()))
         self._training = True
@@ -212,17 +232,21 @@ class SparsifyCallback(Callback):
             due += 1
         if due == self._done:
             return
-        self._done = due
+        done, self._done, self._waiting = self._done, due, ""
         if self._sparsifier is None:
             return
         share, before = self._updates[due - 1][1], self._share
         self._share = share
         if not any(self._to):
             return
-        if falls(before, share):
-            self._sparsifier.regrow_to(self._at(share), asked=self._at(self._updates[-1][1]))
-        else:
-            self._sparsifier.sparsify_to(self._at(share), asked=self._to)
+        try:
+            if falls(before, share):
+                self._sparsifier.regrow_to(self._at(share), asked=self._at(self._updates[-1][1]))
+            else:
+                self._sparsifier.sparsify_to(self._at(share), asked=self._to)
+        except NothingToCompare as error:
+            self._done, self._share, self._waiting = done, before, str(error)
+            return
         self.history.append((finished, self._sparsifier.reached()))
 
     def _at(self, share: float) -> list[float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion
 from ..core.granularity import over_groups
+from ..core.normalise import normalise
 from ..coupling.labels import PRODUCE, SCALE, SHIFT
 from ..coupling.ranking import ranked_bundles, zeroed_units
 from ..coupling.units import Axis
@@ -89,7 +90,8 @@ class LayerGroups:
 
     def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
         scores = criterion(self.weight, self.parameter)
-        return over_groups(scores, self.along, criterion.reduce).flatten()
+        scores = over_groups(scores, self.along, criterion.reduce).flatten()
+        return normalise(scores, criterion.norm if relative else None, self.name)
 
     def zeroed(self) -> Tensor:
         alive = over_groups(self.weight.detach() != 0, self.along, "any").flatten()

@@ -9,12 +9,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core.criteria import Criterion, as_criterion, large_final
+from ..core.criteria import Criterion, Lookup, as_criterion, large_final
 from ..core.granularity import Granularity
 from ..core.masks import Limits, apply_masks, as_fraction, select
 from ..core.names import LayerChoice, unknown_name
 from ..measure.profile import macs
 from .choose import choose
+from .records import Records, stand_in
 from .regrow import Regrowth
 from .report import sparsity_report
 
@@ -49,7 +50,10 @@ class Sparsifier:
             and the scales and shifts of their norms, together with the filters they are added
             to, so that `Pruner` can remove them.
         context: 'local' reaches the sparsity in each layer, 'global' over all of them.
-        criteria: scores of weights, higher = keep.
+        criteria: scores of weights, higher = keep. Where they compare with the initial weights,
+            these are the ones at this moment; previous ones are those after the last
+            `sparsify_model`. For both a copy is kept here, see `record_bytes`. Gradients are read
+            when `sparsify_model` is called: between `loss.backward()` and `zero_grad()`.
         layers: names or types of the layers to sparsify, or names of blocks; default every conv
             and linear layer but the output layer.
         exclude: names or types of layers to leave alone.
@@ -109,6 +113,7 @@ class Sparsifier:
         }
         self._set(self._held())
         self._regrowth = Regrowth(self._held()) if regrow else None
+        self._records = Records(self.criteria.needs, covered)
 
     # --- public --------------------------------------------------------------------------------
 
@@ -172,6 +177,11 @@ class Sparsifier:
         """The share of the groups that the masks zero."""
         return self._zeros / sum(g.free for g in self._groups)
 
+    @property
+    def record_bytes(self) -> int:
+        """Memory that copies of initial or previous weights take, for criteria that need them."""
+        return self._records.bytes
+
     # --- for callbacks -------------------------------------------------------------------------
 
     def targets(self, sparsity: Sparsity) -> tuple[float, ...]:
@@ -222,6 +232,7 @@ class Sparsifier:
         self.asked = tuple(targets if asked is None else asked)
         self._set(held)
         self.apply()
+        self._records.renew()
 
     def regrow_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
         """Let groups come back until these fractions are zero, see `sparsify_to`."""
@@ -241,15 +252,27 @@ class Sparsifier:
 
         Raises:
             ValueError: what the criterion returns cannot be used; the layer is named.
+            NothingToCompare: it sees no difference to what was recorded, or no gradients.
         """
-        relative = self.context == "global"
-        return [g.scores(self.criteria, relative=relative) for g in self._groups]
+        scores = self._scores(self._records)
+        if self.criteria.needs:
+            self._records.refuse_equal(scores)
+        return scores
+
+    def try_criteria(self) -> None:
+        """Score once, with numbers in place of records, so that what fails does so early."""
+        self._scores(lambda _, name: stand_in(self._covered[name]))
 
     def release(self) -> None:
-        """Let go of the masks; reports go on working."""
+        """Let go of the masks and of what the criterion needed; reports go on working."""
         self.masks, self._any, self._regrowth = {}, False, None
+        self._records.release()
 
     # --- inside --------------------------------------------------------------------------------
+
+    def _scores(self, records: Lookup) -> list[Tensor]:
+        criterion, relative = self.criteria.reading(records), self.context == "global"
+        return [g.scores(criterion, relative=relative) for g in self._groups]
 
     def _refuse_pruned(self) -> None:
         if any(p.shape != self._shapes[name] for name, p in self._covered.items()):
