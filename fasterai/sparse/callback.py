@@ -74,7 +74,11 @@ class SparsifyCallback(Callback):
         if context not in ("local", "global"):
             raise ValueError(f"context must be 'local' or 'global', got {context!r}")
         self.initial, self.sparsity = _initial_and_final(sparsity)
-        self.granularity = Granularity(granularity).name
+        grain = Granularity(granularity)
+        by_layer = self.sparsity if isinstance(self.sparsity, Mapping) else {None: self.sparsity}
+        for layer, value in by_layer.items():
+            grain.allow(value, "sparsity" if layer is None else f"sparsity of {layer!r}")
+        self.granularity = grain.name
         self.context = context
         self.criteria = as_criterion(criteria)
         self.schedule = as_schedule(schedule)

@@ -37,14 +37,16 @@ class Sparsifier:
 
     Args:
         model: any network.
-        granularity: which weights go together: 'weight', 'row', 'column', 'kernel', 'filter', ...
-            or a set of dimensions such as 'o h'. 'filter' zeroes whole units, with their biases
-            and the scales and shifts of their norms, together with the filters they are added
-            to, so that `Pruner` can remove them.
+        granularity: which weights go together: 'weight', 'row', 'column', 'kernel', 'filter', ...,
+            a set of dimensions such as 'o h', blocks such as 'o/16 i', or a pattern such as '2:4';
+            see `Granularity`. 'filter' zeroes whole units, with their biases and the scales and
+            shifts of their norms, together with the filters they are added to, so that `Pruner`
+            can remove them.
         context: 'local' reaches the sparsity in each layer, 'global' over all of them.
         criteria: scores of weights, higher = keep.
-        layers: names or types of the layers to sparsify, or names of blocks; default every conv
-            and linear layer but the output layer.
+        layers: names or types of the layers to sparsify, or names of blocks; default every conv,
+            linear and attention layer but the output layer, and those of types that were given to
+            `register`. Embeddings must be asked for.
         exclude: names or types of layers to leave alone.
         min_keep: groups that stay in each layer, at least.
         round_to: the number of groups kept becomes a multiple of this.
@@ -140,7 +142,7 @@ class Sparsifier:
 
     def reached(self) -> float:
         """The share of the groups that the masks zero."""
-        return self._zeros / sum(g.free for g in self._groups)
+        return self._zeros / sum(g.whole for g in self._groups)
 
     # --- for callbacks -------------------------------------------------------------------------
 
@@ -148,12 +150,13 @@ class Sparsifier:
         """A sparsity as fractions: one for each of the layers, or one for all under 'global'."""
         if not isinstance(sparsity, Mapping):
             count = 1 if self.context == "global" else len(self._groups)
-            return (as_fraction(sparsity),) * count
+            return (self.granularity.allow(as_fraction(sparsity)),) * count
         if self.context == "global":
             raise ValueError("a sparsity for each layer needs context='local', got 'global'")
         wanted = [dict[str, float]() for _ in self._groups]
         for name, value in sparsity.items():
-            fraction = as_fraction(value, f"sparsity of {name!r}")
+            who = f"sparsity of {name!r}"
+            fraction = self.granularity.allow(as_fraction(value, who), who)
             owners = [i for i, g in enumerate(self._groups) if name in g.layers]
             if not owners:
                 raise ValueError(self._no_such(name))
@@ -170,19 +173,19 @@ class Sparsifier:
     def held(self) -> tuple[float, ...]:
         """The share of the groups that is zero in the model, in the form of `targets`."""
         zeros = [int(z.count_nonzero()) for z in self._held()]
-        free = [g.free for g in self._groups]
+        whole = [g.whole for g in self._groups]
         if self.context == "global":
-            return (sum(zeros) / sum(free),)
-        return tuple(z / n for z, n in zip(zeros, free, strict=True))
+            return (sum(zeros) / sum(whole),)
+        return tuple(z / n for z, n in zip(zeros, whole, strict=True))
 
     def sparsify_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
         """Zero these fractions, see `targets`; on the way to those `asked` in the end."""
         self._refuse_pruned()
-        free = [g.free for g in self._groups]
+        whole = [g.whole for g in self._groups]
         if self.context == "global":
-            counts: int | list[int] = round(targets[0] * sum(free))
+            counts: int | list[int] = round(targets[0] * sum(whole))
         else:
-            counts = [round(s * n) for s, n in zip(targets, free, strict=True)]
+            counts = [round(s * n) for s, n in zip(targets, whole, strict=True)]
         held = self._held()
         if self._more(counts, held):
             sizes = [g.size for g in self._groups]
