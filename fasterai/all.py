@@ -1,6 +1,7 @@
 """Everything, for notebooks: `from fasterai.all import *`."""
 
 from .core.criteria import *
+from .core.granularity import *
 from .core.schedule import *
 from .measure.pictures import *
 from .measure.profile import *

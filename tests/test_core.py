@@ -1,6 +1,5 @@
-"""Granularities, criteria and masks against brute force."""
+"""Criteria and masks against brute force."""
 
-import itertools
 import math
 
 import numpy as np
@@ -16,43 +15,7 @@ from fasterai.core.criteria import (
     small_final,
     squared_final,
 )
-from fasterai.core.granularity import NAMES, Granularity, over_groups
 from fasterai.core.masks import Limits, apply_masks, as_fraction, lowest, select
-
-# --- granularity -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dims", NAMES)
-def test_groups_are_means_over_the_other_dimensions(dims):
-    shape = (4, 3, 5, 2)[: len(dims)]
-    weight = torch.randn(shape, dtype=torch.float64)
-    for name, kept in NAMES[dims].items():
-        along = Granularity(name).along(dims)
-        groups = over_groups(weight, along, "mean")
-        letters = [
-            range(n) if d in kept else [slice(None)] for d, n in zip(dims, shape, strict=True)
-        ]
-        for at in itertools.product(*letters):
-            flat = tuple(0 if isinstance(k, slice) else k for k in at)
-            assert math.isclose(float(groups[flat]), float(weight[at].mean()), abs_tol=1e-12)
-
-
-def test_a_set_of_dimensions_is_a_granularity():
-    assert Granularity("o h").along("oihw") == (0, 2)
-    assert Granularity("h o").along("oihw") == (0, 2)
-    assert Granularity("o h").along("oi") is None
-    assert Granularity("kernel").along("oi") is None
-    assert Granularity("row").along("oi") == (0,) and Granularity("row").along("oihw") == (0, 1, 2)
-    assert Granularity("o").is_filter and not Granularity("row").is_filter
-
-
-@pytest.mark.parametrize("bad", ["filtre", "", "o o", "x", "oi"])
-def test_unknown_granularities_are_refused(bad):
-    with pytest.raises(ValueError, match="unknown granularity"):
-        Granularity(bad)
-    with pytest.raises(ValueError, match="did you mean 'filter'"):
-        Granularity("filtre")
-
 
 # --- criteria ----------------------------------------------------------------------------------
 

@@ -177,3 +177,8 @@ def test_regrowing_without_a_record_is_refused():
     sparsifier.sparsify_model(0.5)
     with pytest.raises(RuntimeError, match=r"regrow=True"):
         sparsifier.regrow_model(0.2)
+
+
+def test_patterns_are_refused():
+    with pytest.raises(ValueError, match="only fills up"):
+        Sparsifier(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), "2:4", regrow=True)

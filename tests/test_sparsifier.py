@@ -24,7 +24,7 @@ def layers_of(model):
     return {
         n: m
         for n, m in model.named_modules()
-        if isinstance(m, nn.Conv2d | nn.Linear) and n not in heads
+        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and n not in heads
     }
 
 

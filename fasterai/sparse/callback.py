@@ -38,7 +38,8 @@ class SparsifyCallback(Callback):
             (initial, final), the initial one from the first step on; or {layer name: fraction}
             under 'local', the others staying dense. Without an initial value the way begins at
             what is already zero, and that stays zero.
-        granularity: 'weight', 'row', 'column', 'kernel', 'filter', ...; see `Sparsifier`.
+        granularity: 'weight', 'row', 'column', 'kernel', 'filter', '2:4', ...; see `Sparsifier`.
+            Under an N:M pattern the sparsity is the share of all weights, at most 1 - N / M.
         context: 'local' reaches the sparsity in each layer, 'global' over all of them.
         criteria: scores of weights, higher = keep. Initial weights are those at the start of each
             fit, previous ones those after the last update; copies of them are kept until the fit
@@ -47,8 +48,8 @@ class SparsifyCallback(Callback):
         schedule: share of the way by progress; `agp` runs from 0.2 to 0.8 of the fit. Any other
             function from [0, 1] to [0, 1] runs over the whole fit. Where one goes down, as `dsd`
             does, weights come back; see `Sparsifier.regrow_model`. Filters cannot.
-        layers: names or types of layers to sparsify; default every conv and linear layer but the
-            output layer.
+        layers: names or types of layers to sparsify; default every conv, linear and attention
+            layer but the output layer.
         exclude: names or types of layers to leave alone.
         min_keep: groups that stay in each layer, at least.
         round_to: the number of groups kept becomes a multiple of this.
@@ -80,7 +81,11 @@ class SparsifyCallback(Callback):
         if context not in ("local", "global"):
             raise ValueError(f"context must be 'local' or 'global', got {context!r}")
         self.initial, self.sparsity = _initial_and_final(sparsity)
-        self.granularity = Granularity(granularity).name
+        grain = Granularity(granularity)
+        by_layer = self.sparsity if isinstance(self.sparsity, Mapping) else {None: self.sparsity}
+        for layer, value in by_layer.items():
+            grain.allow(value, "sparsity" if layer is None else f"sparsity of {layer!r}")
+        self.granularity = grain.name
         self.context = context
         self.criteria = as_criterion(criteria)
         self.schedule = as_schedule(schedule)

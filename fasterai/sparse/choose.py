@@ -15,11 +15,13 @@ from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
 from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE, SCALE, SHIFT
 from ..coupling.units import Axis, Coupling
-from .groups import Groups, LayerGroups, UnitGroups
+from .groups import Groups, LayerGroups, UnitGroups, WeightGroups
+from .patterns import PatternGroups
 
 __all__ = ["Choice", "NothingToSparsify", "choose"]
 
 _FROZEN = "frozen (requires_grad is False)"
+_OUTPUT = "network output"
 
 
 class NothingToSparsify(ValueError):
@@ -61,7 +63,9 @@ def choose(
     Raises:
         NothingToSparsify: there are none; the reasons are told.
     """
-    kinds = maskable_types() if not granularity.is_filter else (nn.Module,)
+    kinds = maskable_types(on_request=layers is not None)
+    if granularity.is_filter:
+        kinds = (nn.Module,)
     chosen = _chosen(model, layers, exclude, kinds)
     inputs, coupling = _coupled(model, example_inputs, granularity.is_filter, whole_heads)
     if granularity.is_filter and coupling is not None:
@@ -71,16 +75,24 @@ def choose(
         groups, skipped = _inside_layers(model, granularity, chosen, outputs)
     if not groups:
         raise NothingToSparsify(_nothing(granularity, skipped), _FROZEN in skipped.values())
+    return Choice(tuple(groups), skipped, inputs, _frozen_share(chosen, skipped))
+
+
+def _frozen_share(chosen: Mapping[str, nn.Module], skipped: Mapping[str, str]) -> float:
     weights = [
-        m._parameters["weight"]  # not the attribute, which a parametrization would compute
-        for name, m in chosen.items()
-        if isinstance(m, maskable_types())
-        and skipped.get(name) != "network output"
-        and m._parameters.get("weight") is not None
+        weight
+        for name, layer in chosen.items()
+        if skipped.get(name) != _OUTPUT
+        for weight in _weights(layer).values()
     ]
     frozen = sum(w.numel() for w in weights if not w.requires_grad)
-    share = frozen / max(sum(w.numel() for w in weights), 1)
-    return Choice(tuple(groups), skipped, inputs, share)
+    return frozen / max(sum(w.numel() for w in weights), 1)
+
+
+def _weights(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that have granularities, as they are stored: not what a parametrization makes."""
+    own = layer._parameters
+    return {k: own[k] for k in dimensions(layer) if own.get(k) is not None}
 
 
 def _inside_layers(
@@ -93,19 +105,58 @@ def _inside_layers(
     groups: dict[int, Groups] = {}
     skipped: dict[str, str] = {}
     for name, layer in chosen.items():
-        along = granularity.along(dimensions(layer) or "")
-        weight = layer._parameters.get("weight")
+        weights = _weights(layer)
         if name in outputs:
-            skipped[name] = "network output"
-        elif along is None:
-            skipped[name] = f"{type(layer).__name__} has no granularity {granularity.name!r}"
-        elif weight is None:
-            skipped[name] = "its weight is computed (a parametrization), not a parameter"
-        elif not weight.requires_grad:
-            skipped[name] = _FROZEN
-        elif id(weight) not in groups and weight.numel():
-            groups[id(weight)] = LayerGroups(name, parameters[id(weight)], weight, along)
+            skipped[name] = _OUTPUT
+            continue
+        skipped.update({name if not weights else f"{name}.{k}": r for k, r in _absent(layer)})
+        for key, weight in weights.items():
+            own = name if len(weights) == 1 else f"{name}.{key}"
+            share = weight.numel() / max(sum(w.numel() for w in weights.values()), 1)
+            whole = WeightGroups(own, name, parameters[id(weight)], weight, share=share)
+            found = _cut(whole, layer, dimensions(layer)[key], granularity)
+            if isinstance(found, str):
+                skipped[own] = found
+            elif not weight.requires_grad:
+                skipped[own] = _FROZEN
+            elif id(weight) not in groups and weight.numel():
+                groups[id(weight)] = found
     return list(groups.values()), skipped
+
+
+def _absent(layer: nn.Module) -> list[tuple[str, str]]:
+    """Weights that cannot be zeroed because they are no parameters, and why."""
+    missing = [k for k in dimensions(layer) if k not in layer._parameters]
+    return [
+        (k, f"its {k} is computed (a parametrization), not a parameter")
+        if hasattr(layer, k)
+        else (k, f"it has no parameter {k!r}")
+        for k in missing
+    ] or ([] if _weights(layer) else [("weight", "it has no weight")])
+
+
+def _cut(
+    whole: WeightGroups, layer: nn.Module, dims: str, granularity: Granularity
+) -> Groups | str:
+    """The groups of one weight of a layer, or why it has none."""
+    who, kind = vars(whole), type(layer).__name__
+    if whole.weight.ndim != len(dims):
+        raise ValueError(
+            f"{whole.parameter} has the shape {tuple(whole.weight.shape)}, but the dimensions of "
+            f"{kind} are registered as {' '.join(dims)!r}: give register() a letter for each"
+        )
+    if granularity.pattern is None:
+        group = granularity.group_shape(dims, whole.weight.shape)
+        if group is not None:
+            return LayerGroups(**who, group=group)
+    elif "i" in dims:
+        n, m = granularity.pattern
+        parts = layer.groups if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
+        found = PatternGroups(**who, dim=dims.index("i"), keep=n, of=m, parts=parts)
+        if found.free:
+            return found
+        return f"too few inputs for {granularity.name!r}: {found.inputs}"
+    return f"{kind} has no granularity {granularity.name!r}"
 
 
 def _units(
@@ -128,7 +179,10 @@ def _units(
             skipped[axis.name] = next(filter(None, axis.pins))
     for name, layer in chosen.items():
         if isinstance(layer, maskable_types()) and name not in seen:
-            skipped[name] = "never run on the example inputs, or of a single channel"
+            skipped[name] = (
+                "no channels found: never run on the example inputs, a single one, or made in a "
+                "way that is not understood"
+            )
     return groups, skipped
 
 

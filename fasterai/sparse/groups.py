@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.criteria import Criterion
-from ..core.granularity import over_groups
+from ..core.granularity import blocks_in, over_blocks, spread
 from ..core.normalise import normalise
 from ..coupling.labels import PRODUCE, SCALE, SHIFT
 from ..coupling.ranking import ranked_bundles, zeroed_units
 from ..coupling.units import Axis
 
-__all__ = ["Groups", "LayerGroups", "UnitGroups"]
+__all__ = ["Groups", "LayerGroups", "UnitGroups", "WeightGroups"]
 
 _SPEAKING = (PRODUCE, SCALE, SHIFT)  # what makes a channel speak: all of it is zeroed
 
@@ -29,12 +29,20 @@ class Groups(Protocol):
     layers: tuple[str, ...]
 
     @property
+    def coupled(self) -> tuple[str, ...]:
+        """Further layers whose groups go with these."""
+
+    @property
     def free(self) -> int:
         """How many groups may be zeroed."""
 
     @property
     def size(self) -> int:
         """How many groups there are, the pinned ones counted in."""
+
+    @property
+    def whole(self) -> int:
+        """How many groups a sparsity of 1 is: the free ones, or more than a pattern frees."""
 
     @property
     def width(self) -> int:
@@ -57,48 +65,31 @@ class Groups(Protocol):
         """Weights (scored), parameters (masked) and MACs of these groups, and the zero ones."""
 
 
-@dataclass(frozen=True, eq=False)
-class LayerGroups:
-    """Groups inside a single weight.
+@dataclass(eq=False)
+class WeightGroups:
+    """Groups inside a single weight: what they have in common, however they are cut.
 
     Args:
-        name: the layer.
+        name: the layer, or the weight where its layer has several.
+        layer: the layer.
         parameter: name of its weight.
         weight: the weight itself, of any shape.
-        along: the dimensions that index the groups.
+        share: its share of the layer's MACs.
     """
 
     name: str
+    layer: str
     parameter: str
     weight: nn.Parameter
-    along: tuple[int, ...]
+    _: KW_ONLY
+    share: float = 1.0
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    @property
-    def free(self) -> int:
-        return self._shape.numel()
-
-    size = free
+    coupled = ()
     width = 1
 
     @property
-    def _shape(self) -> torch.Size:
-        return torch.Size(n if d in self.along else 1 for d, n in enumerate(self.weight.shape))
-
-    def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
-        scores = criterion(self.weight, self.parameter)
-        scores = over_groups(scores, self.along, criterion.reduce).flatten()
-        return normalise(scores, criterion.norm if relative else None, self.name)
-
-    def zeroed(self) -> Tensor:
-        alive = over_groups(self.weight.detach() != 0, self.along, "any").flatten()
-        return ~alive & alive.any()  # a layer of zeros only is fresh, not pruned
-
-    def write(self, zero: Tensor, masks: Mapping[str, Tensor]) -> None:
-        masks[self.parameter].copy_(~zero.view(self._shape))
+    def layers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((self.name, self.layer)))
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -106,8 +97,43 @@ class LayerGroups:
 
     def tally(self, macs: Mapping[str, int]) -> dict[str, int]:
         size, zeros = self.weight.numel(), int((self.weight == 0).count_nonzero())
-        cost = macs.get(self.name, 0)
+        cost = round(self.share * macs.get(self.layer, 0))
         return _tally(size, zeros, size, zeros, cost, round(cost * zeros / max(size, 1)))
+
+
+@dataclass(eq=False)
+class LayerGroups(WeightGroups):
+    """Rows, kernels, blocks and all other groups of a single shape.
+
+    Args:
+        group: the shape of a group; the last one along a dimension may be smaller.
+    """
+
+    _: KW_ONLY
+    group: tuple[int, ...]
+
+    @property
+    def free(self) -> int:
+        return self._shape.numel()
+
+    size = whole = free
+
+    @property
+    def _shape(self) -> torch.Size:
+        return blocks_in(self.weight.shape, self.group)
+
+    def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
+        scores = criterion(self.weight, self.parameter)
+        scores = over_blocks(scores, self.group, criterion.reduce).flatten()
+        return normalise(scores, criterion.norm if relative else None, self.name)
+
+    def zeroed(self) -> Tensor:
+        alive = over_blocks(self.weight.detach() != 0, self.group, "any").flatten()
+        return ~alive & alive.any()  # a layer of zeros only is fresh, not pruned
+
+    def write(self, zero: Tensor, masks: Mapping[str, Tensor]) -> None:
+        kept = ~zero.view(self._shape)
+        masks[self.parameter].copy_(spread(kept, self.weight.shape, self.group))
 
 
 @dataclass(eq=False)
@@ -133,8 +159,14 @@ class UnitGroups:
         return self.axis.producers
 
     @property
+    def coupled(self) -> tuple[str, ...]:
+        return tuple(k for k in self.layers if k != self.name)
+
+    @property
     def free(self) -> int:
         return self.axis.bundles
+
+    whole = free
 
     @property
     def size(self) -> int:
@@ -190,9 +222,20 @@ class UnitGroups:
             if slot.role == PRODUCE:
                 weights += here * each
                 zero_weights += lost * each
-                cost += round(macs.get(slot.module, 0) * here / rows)
-                zero_cost += round(macs.get(slot.module, 0) * lost / rows)
+                each_cost = macs.get(slot.module, 0) * self._share(slot.parameter) / rows
+                cost += round(each_cost * here)
+                zero_cost += round(each_cost * lost)
         return _tally(weights, zero_weights, parameters, zero_parameters, cost, zero_cost)
+
+    def _share(self, parameter: str) -> float:
+        """A weight's share of its layer's MACs: attention may have several."""
+        layer = parameter.rpartition(".")[0]
+        sizes = {
+            k: p.numel()
+            for k, p in self.tensors.items()
+            if k.rpartition(".")[0] == layer and p.ndim > 1
+        }
+        return sizes[parameter] / sum(sizes.values()) if parameter in sizes else 1.0
 
 
 def _tally(*counts: int) -> dict[str, int]:

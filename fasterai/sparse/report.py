@@ -43,7 +43,8 @@ def sparsity_report(
         total["n"], total["asked"] = n, asked[0] if together else n / total["groups"]
         if together:
             bound = sum(limits.most(g.size, g.free) for g in groups)
-            total["limit"] = _limit(total["zeros"], n, bound, limits.round_to)
+            free = sum(g.free for g in groups)
+            total["limit"] = _limit(total["zeros"], n, free, bound, limits.round_to)
     left = [{"layer": k, "coupled": "", "groups": 0, "limit": why} for k, why in skipped.items()]
     order = ["layer", "coupled", "groups", "asked", "n", "zeros", "reached", "limit", *_COUNTS]
     table = pd.DataFrame([*rows, *left, total], columns=order)
@@ -56,25 +57,26 @@ def _row(
     zeros = int(group.zeroed().count_nonzero())
     row = {
         "layer": group.name,
-        "coupled": ", ".join(k for k in group.layers if k != group.name),
-        "groups": group.free,
+        "coupled": ", ".join(group.coupled),
+        "groups": group.whole,
         "zeros": zeros,
-        "reached": zeros / group.free,
+        "reached": zeros / group.whole,
         "limit": "",
         **group.tally(macs),
     }
     if asked is not None:
-        row["asked"], row["n"] = asked, round(asked * group.free)
+        row["asked"], row["n"] = asked, round(asked * group.whole)
         bound = limits.most(group.size, group.free)
-        row["limit"] = _limit(zeros, row["n"], bound, limits.round_to)
+        row["limit"] = _limit(zeros, row["n"], group.free, bound, limits.round_to)
     return row
 
 
-def _limit(zeros: int, n: int, bound: int, round_to: int) -> str:
-    """Why there are not `n` zeros."""
+def _limit(zeros: int, n: int, free: int, bound: int, round_to: int) -> str:
+    """Why there are not `n` zeros, where `free` may go and `min_keep` leaves `bound` of them."""
     if zeros >= n:
         return "held" if zeros > n else ""
     short = min(n, bound) - zeros
     if short >= round_to:
         return "not reached, or trained on since"
-    return ", ".join(["min_keep"] * (n > bound) + ["round_to"] * (short > 0))
+    why = ["pattern"] * (n > free) + ["min_keep"] * (min(n, free) > bound)
+    return ", ".join(why + ["round_to"] * (short > 0))

@@ -28,6 +28,10 @@ _FILTERS_STAY = (
     "gradient passes a ReLU behind them, so they would stay zero for ever. Use granularity "
     "'weight', 'row', 'column' or 'kernel', or a schedule that does not go down, such as agp"
 )
+_PATTERNS_STAY = (
+    "an N:M pattern only fills up: take a schedule that does not go down, such as agp, or let "
+    "single weights come back with granularity 'weight'"
+)
 
 
 class Sparsifier:
@@ -45,17 +49,19 @@ class Sparsifier:
 
     Args:
         model: any network.
-        granularity: which weights go together: 'weight', 'row', 'column', 'kernel', 'filter', ...
-            or a set of dimensions such as 'o h'. 'filter' zeroes whole units, with their biases
-            and the scales and shifts of their norms, together with the filters they are added
-            to, so that `Pruner` can remove them.
+        granularity: which weights go together: 'weight', 'row', 'column', 'kernel', 'filter', ...,
+            a set of dimensions such as 'o h', blocks such as 'o/16 i', or a pattern such as '2:4';
+            see `Granularity`. 'filter' zeroes whole units, with their biases and the scales and
+            shifts of their norms, together with the filters they are added to, so that `Pruner`
+            can remove them.
         context: 'local' reaches the sparsity in each layer, 'global' over all of them.
         criteria: scores of weights, higher = keep. Where they compare with the initial weights,
             these are the ones at this moment; previous ones are those after the last
             `sparsify_model`. For both a copy is kept here, see `record_bytes`. Gradients are read
             when `sparsify_model` is called: between `loss.backward()` and `zero_grad()`.
-        layers: names or types of the layers to sparsify, or names of blocks; default every conv
-            and linear layer but the output layer.
+        layers: names or types of the layers to sparsify, or names of blocks; default every conv,
+            linear and attention layer but the output layer, and those of types that were given to
+            `register`. Embeddings must be asked for.
         exclude: names or types of layers to leave alone.
         min_keep: groups that stay in each layer, at least.
         round_to: the number of groups kept becomes a multiple of this.
@@ -68,7 +74,7 @@ class Sparsifier:
         whole_heads: attention heads are zeroed as a whole; else each becomes narrower. Where rotary
             embeddings couple the heads, or code fixes their number, they stay.
         regrow: let zeroed weights come back with `regrow_model`; needs a score (4 bytes) and a bool
-            of memory for each group. Not for 'filter'.
+            of memory for each group. Not for 'filter' and N:M patterns.
 
     Raises:
         ValueError: unknown names, a model with nothing to sparsify, or inputs it cannot run on.
@@ -99,6 +105,8 @@ class Sparsifier:
         self.limits = Limits(min_keep, round_to)
         if regrow and self.granularity.is_filter:
             raise ValueError(_FILTERS_STAY)
+        if regrow and self.granularity.pattern is not None:
+            raise ValueError(_PATTERNS_STAY)
         self.asked: tuple[float, ...] | None = None
         choice = choose(
             model, self.granularity, layers, exclude, example_inputs, mixed, whole_heads
@@ -175,7 +183,7 @@ class Sparsifier:
 
     def reached(self) -> float:
         """The share of the groups that the masks zero."""
-        return self._zeros / sum(g.free for g in self._groups)
+        return self._zeros / sum(g.whole for g in self._groups)
 
     @property
     def record_bytes(self) -> int:
@@ -188,12 +196,13 @@ class Sparsifier:
         """A sparsity as fractions: one for each of the layers, or one for all under 'global'."""
         if not isinstance(sparsity, Mapping):
             count = 1 if self.context == "global" else len(self._groups)
-            return (as_fraction(sparsity),) * count
+            return (self.granularity.allow(as_fraction(sparsity)),) * count
         if self.context == "global":
             raise ValueError("a sparsity for each layer needs context='local', got 'global'")
         wanted = [dict[str, float]() for _ in self._groups]
         for name, value in sparsity.items():
-            fraction = as_fraction(value, f"sparsity of {name!r}")
+            who = f"sparsity of {name!r}"
+            fraction = self.granularity.allow(as_fraction(value, who), who)
             owners = [i for i, g in enumerate(self._groups) if name in g.layers]
             if not owners:
                 raise ValueError(self._no_such(name))
@@ -210,10 +219,10 @@ class Sparsifier:
     def held(self) -> tuple[float, ...]:
         """The share of the groups that is zero in the model, in the form of `targets`."""
         zeros = [int(z.count_nonzero()) for z in self._held()]
-        free = [g.free for g in self._groups]
+        whole = [g.whole for g in self._groups]
         if self.context == "global":
-            return (sum(zeros) / sum(free),)
-        return tuple(z / n for z, n in zip(zeros, free, strict=True))
+            return (sum(zeros) / sum(whole),)
+        return tuple(z / n for z, n in zip(zeros, whole, strict=True))
 
     def sparsify_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
         """Zero these fractions, see `targets`; on the way to those `asked` in the end."""
@@ -283,10 +292,10 @@ class Sparsifier:
 
     def _counts(self, targets: Sequence[float]) -> int | list[int]:
         """How many groups these fractions are: over all layers under 'global', or in each."""
-        free = [g.free for g in self._groups]
+        whole = [g.whole for g in self._groups]
         if self.context == "global":
-            return round(targets[0] * sum(free))
-        return [round(s * n) for s, n in zip(targets, free, strict=True)]
+            return round(targets[0] * sum(whole))
+        return [round(s * n) for s, n in zip(targets, whole, strict=True)]
 
     def _held(self) -> list[Tensor]:
         return [g.zeroed() for g in self._groups]
