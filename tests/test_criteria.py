@@ -503,6 +503,9 @@ def test_an_update_waits_while_steps_are_skipped(criteria):
     cb = SparsifyCallback((0.2, 0.5), criteria=criteria, schedule=lin.over(0, 8, every=1))
     learn.fit(1, cbs=[cb, skip])
     assert cb.history[0][0] == 4 and cb.history[-1] == (8, pytest.approx(0.5, abs=1e-3))
+    cb = SparsifyCallback(0.5, criteria=criteria, schedule=one_shot.over(2, 2))
+    learner().fit(1, cbs=[cb, skip])
+    assert [at for at, _ in cb.history] == [4]
 
 
 def test_a_fit_that_never_steps_says_that_the_target_was_not_reached():

@@ -50,7 +50,7 @@ def _by_l2(scores: Tensor) -> Tensor:
 
 
 def _lamp(scores: Tensor) -> Tensor:
-    """Sorts the layer: takes some 50 bytes a group while it does."""
+    """Sorts the layer: takes some 60 bytes a group while it does."""
     exact = torch.float32 if scores.device.type == "mps" else torch.float64  # mps has no more
     ranked, order = scores.sort()
     squares = ranked.to(exact).square()
