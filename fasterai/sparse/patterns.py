@@ -17,6 +17,8 @@ from .groups import WeightGroups
 
 __all__ = ["PatternGroups"]
 
+_SHORT, _CHUNK = 16, 1 << 16  # runs that are ranked without sorting, so many at once
+
 
 @dataclass(eq=False)
 class PatternGroups(WeightGroups):
@@ -40,7 +42,8 @@ class PatternGroups(WeightGroups):
     keep: int
     of: int
     parts: int = 1
-    _order: Tensor = field(init=False, repr=False)  # (runs, M - N) places in a run, weakest first
+    # (runs, M - N), where in a run its groups are, weakest first; None: what is zero first
+    _places: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def free(self) -> int:
@@ -62,25 +65,26 @@ class PatternGroups(WeightGroups):
     def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
         scores = criterion(self.weight, self.parameter)
         least = torch.finfo(scores.dtype).min
-        zero = self._zero()
-        lifted = scores.clamp(min=least / 2).masked_fill_(zero, least)
-        runs = self._runs(lifted, -torch.inf)  # padding goes first, then what is zero
-        self._rank(runs)
-        return self._runs(scores, 0.0).gather(1, self._order.long())[self._real()]
+        lifted = scores.clamp(min=least / 2).masked_fill_(self._zero(), least)
+        self._places = _lowest_places(self._runs(lifted, -torch.inf), self.of - self.keep)
+        return self._weights(self._runs(scores, 0.0).gather(1, self._places.long()))
 
     def zeroed(self) -> Tensor:
-        zero = self._runs(self._zero(), True)
-        padded = self._runs(torch.zeros_like(self.weight, dtype=torch.bool), True)
-        self._rank(-(zero.to(torch.int8) + padded.to(torch.int8)))
-        return zero.gather(1, self._order.long())[self._real()]
+        self._places = None
+        gone = self._runs(self._zero(), True).sum(1, keepdim=True)  # padding goes first, then zeros
+        return self._weights(torch.arange(self.of - self.keep, device=gone.device) < gone)
 
     def write(self, zero: Tensor, masks: Mapping[str, Tensor]) -> None:
         gone = self._runs(self._zero(), True)  # what is zero beyond the pattern stays zero
-        chosen = torch.ones_like(self._order, dtype=torch.bool)
-        chosen[self._real()] = zero
-        gone.scatter_(1, self._order.long(), chosen)
-        lead = self.weight.movedim(self.dim, -1).shape
-        kept = ~gone.view(*lead[:-1], self.parts, -1)[..., : self.inputs].flatten(-2)
+        if self._places is None:
+            padded = self._runs(torch.zeros_like(self.weight, dtype=torch.bool), True)
+            first = -(gone.to(torch.int8) + padded.to(torch.int8))
+            self._places = _lowest_places(first, self.of - self.keep)
+        chosen = torch.ones_like(self._places, dtype=torch.bool)
+        chosen.masked_scatter_(self._real(chosen), zero)
+        gone.scatter_(1, self._places.long(), chosen)
+        lead = self.weight.movedim(self.dim, -1).shape[:-1]
+        kept = ~gone.view(*lead, self.parts, -1)[..., : self.inputs].flatten(-2)
         masks[self.parameter].copy_(kept.movedim(-1, self.dim))
 
     def _zero(self) -> Tensor:
@@ -93,15 +97,38 @@ class PatternGroups(WeightGroups):
         inputs = values.movedim(self.dim, -1).unflatten(-1, (self.parts, -1))
         return F.pad(inputs, (0, -self.inputs % self.of), value=padding).reshape(-1, self.of)
 
-    def _rank(self, runs: Tensor) -> None:
-        order = runs.argsort(dim=1, stable=True)[:, : self.of - self.keep]
-        self._order = order.to(torch.int16)
+    def _weights(self, values: Tensor) -> Tensor:
+        """(free,) of (runs, M - N) `values`: without the padding, which comes first in its run."""
+        if not self.inputs % self.of:
+            return values.flatten()
+        return values[self._real(values)]
 
-    def _real(self) -> Tensor:
-        """(runs, M - N) bool: which of the places in `_order` are weights, not padding."""
-        rest = self.inputs % self.of
-        real = torch.ones_like(self._order, dtype=torch.bool)
-        if rest:
-            last = -(-self.inputs // self.of)
-            real[last - 1 :: last] = self._order[last - 1 :: last] < rest
+    def _real(self, values: Tensor) -> Tensor:
+        """(runs, M - N) bool, where `values` are those of weights."""
+        real = torch.ones_like(values, dtype=torch.bool)
+        runs = -(-self.inputs // self.of)  # of one row of inputs
+        real[runs - 1 :: runs, : -self.inputs % self.of] = False
         return real
+
+
+def _lowest_places(runs: Tensor, n: int) -> Tensor:
+    """(runs, n) the places of the n lowest of each run in order, the first of equal ones first."""
+    if runs.shape[1] > _SHORT:
+        return runs.argsort(dim=1, stable=True)[:, :n].to(torch.int16)
+    return torch.cat([_by_comparing(part, n) for part in runs.split(_CHUNK)])
+
+
+def _by_comparing(runs: Tensor, n: int) -> Tensor:
+    """The same, by comparing columns: faster than sorting many short rows."""
+    columns = runs.t().contiguous()  # (M, runs)
+    rank = torch.zeros_like(columns, dtype=torch.int8)
+    for j, left in enumerate(columns):
+        for k in range(j + 1, len(columns)):
+            before = columns[k] < left
+            rank[j] += before.view(torch.int8)
+            rank[k] += before.logical_not_().view(torch.int8)
+    places = torch.zeros_like(rank[:n], dtype=torch.int16)
+    for k, own in enumerate(rank):
+        for r, place in enumerate(places):
+            place.masked_fill_(own == r, k)
+    return places.t()
