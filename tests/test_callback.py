@@ -353,3 +353,17 @@ def test_what_a_norm_mixes_goes_where_it_is_asked_for(mixed):
     Pruner(learn.model, torch.randn(2, 3, 8, 8)).prune_model()
     assert learn.model.c1.out_channels == 8 - 4 * mixed
     learn.fit(1, reset_opt=True)
+
+
+@pytest.mark.parametrize("context", ["local", "global"])
+def test_a_fit_ends_with_the_whole_pattern(context):
+    learn = learner()
+    callback = SparsifyCallback(0.5, "2:4", context, exclude="stem")
+    learn.fit(3, cbs=callback)
+    for layer in (learn.model.c1, learn.model.c2, learn.model.c3):
+        runs = (layer.weight != 0).movedim(1, -1).reshape(-1, 4)
+        assert (runs.sum(1) == 2).all()
+    counts = [round(share * 2880) for share in (s for _, s in callback.history)]
+    assert counts == sorted(counts) and counts[-1] == 1440
+    assert [row[-1] for row in learn.recorder.values][-1] == 0.5
+    assert callback.report()["limit"].iloc[-1] == ""

@@ -548,6 +548,20 @@ def test_registered_types_follow_patterns_and_have_parameters_by_name(registry):
     ]
 
 
+def test_weights_that_are_no_parameters_are_reported(registry):
+    register(Experts, {"weight": "e o i", "scale": "o i"})
+    model = nn.Sequential(Experts(), nn.BatchNorm1d(5, affine=False), nn.Linear(5, 5))
+    register(nn.BatchNorm1d, "o")
+    torch.nn.utils.parametrizations.weight_norm(model[2])
+    sparsifier = Sparsifier(model, "weight", layers=["0", "1", "2"])
+    assert dict(sparsifier.skipped) == {
+        "0.scale": "it has no parameter 'scale'",
+        "1": "it has no weight",
+        "2": "its weight is computed (a parametrization), not a parameter",
+    }
+    assert set(sparsifier.masks) == {"0.weight"}
+
+
 @pytest.mark.parametrize("dims", ["", "o o", "O I", "o,i", "o 1", 3, {"weight": ""}, {"w": 3}])
 def test_bad_registrations_change_nothing(registry, dims):
     before = dict(grain._DIMENSIONS)

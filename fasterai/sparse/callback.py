@@ -36,13 +36,14 @@ class SparsifyCallback(Callback):
         sparsity: the share of the groups to zero, a fraction in [0, 1]; a pair
             (initial, final); or {layer name: fraction} under 'local', the others staying dense.
             Without an initial value the way begins at what is already zero, and that stays zero.
-        granularity: 'weight', 'row', 'column', 'kernel', 'filter', ...; see `Sparsifier`.
+        granularity: 'weight', 'row', 'column', 'kernel', 'filter', '2:4', ...; see `Sparsifier`.
+            Under an N:M pattern the sparsity is the share of all weights, at most 1 - N / M.
         context: 'local' reaches the sparsity in each layer, 'global' over all of them.
         criteria: scores of weights, higher = keep.
         schedule: share of the way by progress; `agp` runs from 0.2 to 0.8 of the fit. Any other
             function from [0, 1] to [0, 1] runs over the whole fit.
-        layers: names or types of layers to sparsify; default every conv and linear layer but the
-            output layer.
+        layers: names or types of layers to sparsify; default every conv, linear and attention
+            layer but the output layer.
         exclude: names or types of layers to leave alone.
         min_keep: groups that stay in each layer, at least.
         round_to: the number of groups kept becomes a multiple of this.

@@ -109,8 +109,7 @@ def _inside_layers(
         if name in outputs:
             skipped[name] = _OUTPUT
             continue
-        if not weights:
-            skipped[name] = "its weight is computed (a parametrization), not a parameter"
+        skipped.update({name if not weights else f"{name}.{k}": r for k, r in _absent(layer)})
         for key, weight in weights.items():
             own = name if len(weights) == 1 else f"{name}.{key}"
             share = weight.numel() / max(sum(w.numel() for w in weights.values()), 1)
@@ -123,6 +122,17 @@ def _inside_layers(
             elif id(weight) not in groups and weight.numel():
                 groups[id(weight)] = found
     return list(groups.values()), skipped
+
+
+def _absent(layer: nn.Module) -> list[tuple[str, str]]:
+    """Weights that cannot be zeroed because they are no parameters, and why."""
+    missing = [k for k in dimensions(layer) if k not in layer._parameters]
+    return [
+        (k, f"its {k} is computed (a parametrization), not a parameter")
+        if hasattr(layer, k)
+        else (k, f"it has no parameter {k!r}")
+        for k in missing
+    ] or ([] if _weights(layer) else [("weight", "it has no weight")])
 
 
 def _cut(
