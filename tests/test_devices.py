@@ -68,3 +68,15 @@ def test_weights_come_back_in_a_model_that_moved(context, device):
     assert abs(sparsifier.reached() - 0.3) * covered <= len(sparsifier.masks)
     sparsifier.regrow_model(0.0)
     assert all(bool(m.all()) for m in sparsifier.masks.values())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("granularity", ["2:4", "o/3 i/2", "row"])
+def test_granularities_choose_the_same_on_every_device(granularity, device):
+    masks = []
+    for where in ("cpu", device):
+        sparsifier = Sparsifier(make(ALL[0]).to(where), granularity, layers=["a", "b", "fc1"])
+        sparsifier.sparsify_model(0.3)
+        masks.append({k: m.cpu() for k, m in sparsifier.masks.items()})
+    assert all(torch.equal(m, masks[1][k]) for k, m in masks[0].items())
+    assert sum(int((m == 0).sum()) for m in masks[1].values()) > 0

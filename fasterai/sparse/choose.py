@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..core.granularity import Granularity, dimensions, maskable_types
 from ..core.names import LayerChoice, pick
@@ -126,13 +127,13 @@ def _inside_layers(
 
 def _absent(layer: nn.Module) -> list[tuple[str, str]]:
     """Weights that cannot be zeroed because they are no parameters, and why."""
-    missing = [k for k in dimensions(layer) if k not in layer._parameters]
-    return [
-        (k, f"its {k} is computed (a parametrization), not a parameter")
-        if hasattr(layer, k)
-        else (k, f"it has no parameter {k!r}")
-        for k in missing
-    ] or ([] if _weights(layer) else [("weight", "it has no weight")])
+    found = []
+    for key in dimensions(layer):
+        if is_parametrized(layer, key) or key in vars(layer):  # hasattr would compute it
+            found.append((key, f"its {key} is computed (a parametrization), not a parameter"))
+        elif key not in layer._parameters:
+            found.append((key, f"it has no parameter {key!r}"))
+    return found or ([] if _weights(layer) else [("weight", "it has no weight")])
 
 
 def _cut(
