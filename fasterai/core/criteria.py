@@ -35,11 +35,15 @@ class Criterion:
         reduce: `'mean'` or `'sum'` over the elements of a group. Under `'mean'`, units ranked
             globally are further divided by the mean score of their axis, so that no layer is
             emptied for being wide or small; under `'sum'` they are compared as they are.
+        elementwise: whether the score of an element depends on this element alone. Such scores
+            are computed a piece of the weight at a time, again whenever they are needed; others
+            at once, and kept.
     """
 
     func: Callable[[Tensor], Tensor]
     name: str = ""
     reduce: str = "mean"
+    elementwise: bool = False
 
     def __post_init__(self) -> None:
         if self.reduce not in ("mean", "sum"):
@@ -99,7 +103,7 @@ def _random(weight: Tensor) -> Tensor:
     return torch.rand(weight.shape, device=weight.device)
 
 
-large_final = Criterion(torch.abs, "large_final")
-squared_final = Criterion(torch.square, "squared_final")
-small_final = Criterion(_minus_abs, "small_final")
+large_final = Criterion(torch.abs, "large_final", elementwise=True)
+squared_final = Criterion(torch.square, "squared_final", elementwise=True)
+small_final = Criterion(_minus_abs, "small_final", elementwise=True)
 random_scores = Criterion(_random, "random_scores")

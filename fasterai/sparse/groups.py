@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion
 from ..core.granularity import over_groups
+from ..core.masks import zero_marks
+from ..core.ranking import ElementRanking, Ranking, ScoreRanking
+from ..core.selection import Cut, write_kept
 from ..coupling.labels import PRODUCE, SCALE, SHIFT
 from ..coupling.ranking import ranked_bundles, zeroed_units
 from ..coupling.units import Axis
 
-__all__ = ["Groups", "LayerGroups", "UnitGroups"]
+__all__ = ["Groups", "LayerGroups", "UnitGroups", "ranking_of", "write_cut"]
 
 _SPEAKING = (PRODUCE, SCALE, SHIFT)  # what makes a channel speak: all of it is zeroed
 
@@ -87,6 +90,11 @@ class LayerGroups:
     def _shape(self) -> torch.Size:
         return torch.Size(n if d in self.along else 1 for d, n in enumerate(self.weight.shape))
 
+    @property
+    def single(self) -> bool:
+        """Whether each weight is a group of its own."""
+        return len(self.along) == self.weight.ndim
+
     def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
         scores = criterion(self.weight, self.parameter)
         return over_groups(scores, self.along, criterion.reduce).flatten()
@@ -106,6 +114,25 @@ class LayerGroups:
         size, zeros = self.weight.numel(), int((self.weight == 0).count_nonzero())
         cost = macs.get(self.name, 0)
         return _tally(size, zeros, size, zeros, cost, round(cost * zeros / max(size, 1)))
+
+
+def ranking_of(groups: Groups, criterion: Criterion, *, relative: bool) -> Ranking:
+    """The groups in the order in which they go."""
+    if isinstance(groups, LayerGroups) and groups.single and criterion.elementwise:
+        return ElementRanking(groups.weight, criterion, groups.parameter)
+    return ScoreRanking(lambda: groups.scores(criterion, relative=relative), groups.zeroed())
+
+
+def write_cut(
+    groups: Groups, ranking: Ranking, cut: Cut | None, masks: Mapping[str, Tensor]
+) -> None:
+    """Put 0 for what goes into masks of 1; without a cut, for what is held."""
+    if isinstance(ranking, ScoreRanking):
+        groups.write(zero_marks(ranking, cut), masks)
+    elif cut is None:
+        ranking.write_held(masks[groups.parameter])
+    else:
+        write_kept(ranking, cut, masks[groups.parameter])
 
 
 @dataclass(eq=False)

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.granularity import Granularity
-from ..core.masks import Limits, apply_masks, as_fraction, select
+from ..core.masks import Limits, apply_masks, as_fraction, choose_cuts
 from ..core.names import LayerChoice, unknown_name
+from ..core.ranking import Ranking
+from ..core.selection import Cut
 from ..measure.profile import macs
 from .choose import choose
+from .groups import ranking_of, write_cut
 from .report import sparsity_report
 
 __all__ = ["Sparsifier", "Sparsity"]
@@ -95,7 +98,8 @@ class Sparsifier:
         self.masks: dict[str, Tensor] = {
             name: torch.ones_like(p, dtype=torch.uint8) for name, p in covered.items()
         }
-        self._set(self._held())
+        rankings = self._rankings()
+        self._set(rankings, [None] * len(rankings))
 
     # --- public --------------------------------------------------------------------------------
 
@@ -169,7 +173,7 @@ class Sparsifier:
 
     def held(self) -> tuple[float, ...]:
         """The share of the groups that is zero in the model, in the form of `targets`."""
-        zeros = [int(z.count_nonzero()) for z in self._held()]
+        zeros = [r.held for r in self._rankings()]
         free = [g.free for g in self._groups]
         if self.context == "global":
             return (sum(zeros) / sum(free),)
@@ -183,15 +187,14 @@ class Sparsifier:
             counts: int | list[int] = round(targets[0] * sum(free))
         else:
             counts = [round(s * n) for s, n in zip(targets, free, strict=True)]
-        held = self._held()
-        if self._more(counts, held):
+        rankings = self._rankings()
+        cuts: list[Cut | None] = [None] * len(rankings)
+        if self._more(counts, [r.held for r in rankings]):
             sizes = [g.size for g in self._groups]
             widths = [g.width for g in self._groups]
-            held = select(
-                self.scores(), counts, held=held, sizes=sizes, widths=widths, limits=self.limits
-            )
+            cuts = choose_cuts(rankings, counts, sizes=sizes, widths=widths, limits=self.limits)
         self.asked = tuple(targets if asked is None else asked)
-        self._set(held)
+        self._set(rankings, cuts)
         self.apply()
 
     def scores(self) -> list[Tensor]:
@@ -216,22 +219,23 @@ class Sparsifier:
                 "report before pruning, or ask the Pruner for its own"
             )
 
-    def _held(self) -> list[Tensor]:
-        return [g.zeroed() for g in self._groups]
+    def _rankings(self) -> list[Ranking]:
+        relative = self.context == "global"
+        return [ranking_of(g, self.criteria, relative=relative) for g in self._groups]
 
     @staticmethod
-    def _more(counts: int | Sequence[int], held: Sequence[Tensor]) -> bool:
-        have = [int(h.count_nonzero()) for h in held]
+    def _more(counts: int | Sequence[int], held: Sequence[int]) -> bool:
         if isinstance(counts, int):
-            return counts > sum(have)
-        return any(n > h for n, h in zip(counts, have, strict=True))
+            return counts > sum(held)
+        return any(n > h for n, h in zip(counts, held, strict=True))
 
-    def _set(self, zero: Sequence[Tensor]) -> None:
+    def _set(self, rankings: Sequence[Ranking], cuts: Sequence[Cut | None]) -> None:
         for mask in self.masks.values():
             mask.fill_(1)
-        for group, z in zip(self._groups, zero, strict=True):
-            group.write(z, self.masks)
-        self._zeros = sum(int(z.count_nonzero()) for z in zero)
+        self._zeros = 0
+        for group, ranking, cut in zip(self._groups, rankings, cuts, strict=True):
+            write_cut(group, ranking, cut, self.masks)
+            self._zeros += ranking.held if cut is None else cut.n
         self._any = self._zeros > 0
 
     def _no_such(self, name: str) -> str:
