@@ -138,7 +138,7 @@ class ElementRanking(Ranking):
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor in views that a cache can hold, in logical order; the same for equal shapes."""
-    most = 1 << (17 if tensor.device.type == "cpu" else 22)
+    most = 1 << (16 if tensor.device.type == "cpu" else 22)
     if tensor.numel() <= most:
         yield tensor
         return

@@ -91,17 +91,14 @@ Places = list[tuple[int, int]]  # how many scores of each layer are less than it
 
 
 def _search(rankings: Sequence[Ranking], n: int) -> tuple[float, Places]:
-    """The n-th smallest score of all."""
+    """The n-th smallest score of all, at the least cost that it takes."""
     few = sum(r.size for r in rankings) <= _FEW
-    found = _everything(rankings) if few else _inside_bracket(rankings, n)
-    if found is not None:
-        below, inside = found
-        rest = n - sum(below)
-        if 0 < rest <= sum(len(x) for x in inside):
-            threshold = torch.cat(inside).kthvalue(rest).values.item()
-            places = [_place([x], threshold) for x in inside]
-            pairs = zip(below, places, strict=True)
-            return threshold, [(b + less, equal) for b, (less, equal) in pairs]
+    below, inside = _everything(rankings) if few else _inside_bracket(rankings, n)
+    rest = n - sum(below)
+    if 0 < rest <= sum(len(x) for x in inside):
+        threshold = torch.cat(inside).kthvalue(rest).values.item()
+        pairs = zip(below, (_place([x], threshold) for x in inside), strict=True)
+        return threshold, [(b + less, equal) for b, (less, equal) in pairs]
     threshold = _by_digits(rankings, n)
     return threshold, [_place(r.scores(), threshold) for r in rankings]
 
@@ -116,28 +113,27 @@ def _everything(rankings: Sequence[Ranking]) -> tuple[list[int], list[Tensor]]:
     return [0] * len(rankings), [torch.cat([s.flatten() for s in r.scores()]) for r in rankings]
 
 
-def _inside_bracket(rankings: Sequence[Ranking], n: int) -> tuple[list[int], list[Tensor]] | None:
-    """How many scores of each layer are up to the bracket, and those inside it.
+def _inside_bracket(rankings: Sequence[Ranking], n: int) -> tuple[list[int], list[Tensor]]:
+    """How many scores of each layer are up to the bracket, and those inside; or two empty lists.
 
-    None where these are too many.
+    Empty where the scores inside would take too much memory.
     """
-    total = sum(r.size for r in rankings)
     low, high = _bracket(rankings, n)
-    if low <= max(r.resting for r in rankings):
+    if low < max(r.resting for r in rankings):
         _be_strict(rankings)
         low, high = _bracket(rankings, n)
-    below, inside, room = [], [], total // _PART
+    below, inside, room = [], [], sum(r.size for r in rankings) // _PART
     for ranking in rankings:
         above, found = 0, []
         for scores in ranking.scores():
             over = torch.gt(scores, low, out=torch.empty_like(scores))
-            above = above + over.sum(dtype=torch.float32).long()
+            above += int(over.sum(dtype=torch.float32))
             over.mul_(torch.lt(scores, high, out=torch.empty_like(scores)))
             found.append(scores[over.bool()])
             room -= len(found[-1])
             if room < 0:
-                return None
-        below.append(ranking.size - int(above))
+                return [], []
+        below.append(ranking.size - above)
         inside.append(torch.cat(found))
     return below, inside
 
@@ -146,12 +142,13 @@ def _bracket(rankings: Sequence[Ranking], n: int) -> tuple[float, float]:
     """Two scores, most likely one below and one above the n-th smallest."""
     total = sum(r.size for r in rankings)
     stride = round(total ** (1 / 3)) | 1  # odd: rows of even length shall not hide anything
-    sample = torch.cat([r.sample(stride) for r in rankings]).sort().values
-    last, share = len(sample) - 1, n / total
-    at, slack = share * last, 4 * math.sqrt(max(0, last) * share * (1 - share)) + 2
-    low = sample[math.floor(at - slack)].item() if at > slack else -math.inf
-    high = sample[math.ceil(at + slack)].item() if at + slack < last else math.inf
-    return low, high
+    sample = torch.cat([r.sample(stride) for r in rankings])
+    at, slack = n / total * len(sample), 1.5 * math.sqrt(len(sample)) + 2  # three deviations
+    low, high = math.floor(at - slack), math.ceil(at + slack)
+    return (
+        sample.kthvalue(low).values.item() if low > 0 else -math.inf,
+        sample.kthvalue(high).values.item() if high <= len(sample) else math.inf,
+    )
 
 
 def _by_digits(rankings: Sequence[Ranking], n: int) -> float:

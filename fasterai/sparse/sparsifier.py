@@ -13,7 +13,7 @@ from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.granularity import Granularity
 from ..core.masks import Limits, apply_masks, as_fraction, choose_cuts
 from ..core.names import LayerChoice, unknown_name
-from ..core.ranking import Ranking
+from ..core.ranking import ElementRanking, Ranking
 from ..core.selection import Cut
 from ..measure.profile import macs
 from .choose import choose
@@ -230,8 +230,11 @@ class Sparsifier:
         return any(n > h for n, h in zip(counts, held, strict=True))
 
     def _set(self, rankings: Sequence[Ranking], cuts: Sequence[Cut | None]) -> None:
-        for mask in self.masks.values():
-            mask.fill_(1)
+        pairs = zip(self._groups, rankings, strict=True)
+        whole = {g.parameter for g, r in pairs if isinstance(r, ElementRanking)}
+        for name, mask in self.masks.items():
+            if name not in whole:
+                mask.fill_(1)
         self._zeros = 0
         for group, ranking, cut in zip(self._groups, rankings, cuts, strict=True):
             write_cut(group, ranking, cut, self.masks)
