@@ -13,6 +13,9 @@ from .criteria import Criterion
 __all__ = ["ElementRanking", "Ranking", "ScoreRanking", "pieces"]
 
 
+_PIECE = 1 << 16  # elements; a few float tensors of this size stay in a CPU's cache
+
+
 class Ranking:
     """What is held goes first, whatever it scores; then the lowest scores.
 
@@ -65,23 +68,29 @@ class ScoreRanking(Ranking):
     def __init__(self, make: Callable[[], Tensor], held: Tensor) -> None:
         self._make, self.marks = make, held
         self.size, self.held = held.numel(), int(held.count_nonzero())
+        self._made: Tensor | None = None
         self._kept: Tensor | None = None
 
     def prepare(self) -> None:
-        if self._kept is None:
+        if self._made is None and self._kept is None:
             made = self._make()
-            made = made if made.dtype == torch.float64 else made.float()
-            self.dtype = made.dtype
-            self._kept = _held_below(made, self.marks) if self.held else made
+            self._made = made if made.dtype == torch.float64 else made.float()
+            self.dtype = self._made.dtype
 
     def scores(self) -> Iterator[Tensor]:
-        self.prepare()
-        for piece in pieces(self._kept):
-            yield piece.to(self.dtype)
+        yield from pieces(self._all())
 
     def sample(self, stride: int) -> Tensor:
+        return self._all()[stride // 2 :: stride]
+
+    def check(self) -> None:
         self.prepare()
-        return self._kept[stride // 2 :: stride].to(self.dtype)
+
+    def _all(self) -> Tensor:
+        self.prepare()
+        if self._kept is None:
+            self._kept, self._made = _held_below(self._made.to(self.dtype), self.marks), None
+        return self._kept
 
 
 class ElementRanking(Ranking):
@@ -126,7 +135,9 @@ class ElementRanking(Ranking):
             scores = self._criterion.func(elements).to(self.dtype)
         else:
             scores = self._criterion(elements, self._name).to(self.dtype)
-        return _held_below(scores, elements == 0) if self.strict and self.held else scores
+        if not self.strict:
+            return scores
+        return _held_below(scores, elements == 0 if self.held else None)
 
     def write_held(self, mask: Tensor) -> None:
         """Write into a mask of the weight's shape: 1, and 0 for what is held."""
@@ -138,7 +149,7 @@ class ElementRanking(Ranking):
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor in views that a cache can hold, in logical order; the same for equal shapes."""
-    most = 1 << (16 if tensor.device.type == "cpu" else 22)
+    most = _PIECE if tensor.device.type == "cpu" else 64 * _PIECE
     if tensor.numel() <= most:
         yield tensor
         return
@@ -150,7 +161,7 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
             yield from pieces(row)
 
 
-def _held_below(scores: Tensor, held: Tensor) -> Tensor:
-    """Scores, with those of held groups below all others."""
-    lowest = torch.finfo(scores.dtype).min
-    return scores.clamp(min=lowest).masked_fill_(held, -math.inf)
+def _held_below(scores: Tensor, held: Tensor | None) -> Tensor:
+    """A copy of the scores with those of held groups below all others."""
+    scores = scores.clamp(min=torch.finfo(scores.dtype).min)
+    return scores if held is None else scores.masked_fill_(held, -math.inf)

@@ -119,7 +119,7 @@ def _inside_bracket(rankings: Sequence[Ranking], n: int) -> tuple[list[int], lis
     Empty where the scores inside would take too much memory.
     """
     low, high = _bracket(rankings, n)
-    if low < max(r.resting for r in rankings):
+    if any(r.strict or low < r.resting for r in rankings):
         _be_strict(rankings)
         low, high = _bracket(rankings, n)
     below, inside, room = [], [], sum(r.size for r in rankings) // _PART
