@@ -69,6 +69,9 @@ class Criterion:
         norm: how the scores of a layer are normalised where they are ranked with those of other
             layers, see `normalised`.
         records: where the initial and previous weights are found; set by what keeps them.
+        elementwise: whether the score of an element depends on this element alone. Such scores
+            are computed a piece of the weight at a time, again whenever they are needed; others
+            at once, and kept.
     """
 
     func: Callable[..., Tensor] = field(repr=False)
@@ -77,6 +80,7 @@ class Criterion:
     needs: str | Iterable[str] = ()
     norm: str | None = None
     records: Lookup | None = field(default=None, repr=False, compare=False)
+    elementwise: bool = False
 
     def __post_init__(self) -> None:
         if self.reduce not in ("mean", "sum"):
@@ -225,9 +229,9 @@ def _taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     return (_wide(weight) * _wide(gradient)).square_()
 
 
-large_final = Criterion(torch.abs, "large_final")
-squared_final = Criterion(_square, "squared_final")
-small_final = Criterion(_minus_abs, "small_final")
+large_final = Criterion(torch.abs, "large_final", elementwise=True)
+squared_final = Criterion(_square, "squared_final", elementwise=True)
+small_final = Criterion(_minus_abs, "small_final", elementwise=True)
 random_scores = Criterion(_random, "random_scores")
 
 large_init = Criterion(_abs_before, "large_init", needs="initial")

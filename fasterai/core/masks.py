@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-__all__ = ["Limits", "apply_masks", "as_fraction", "lowest", "select"]
+from .ranking import Ranking, ScoreRanking, pieces
+from .selection import Cut, cut_lowest, write_kept
 
-_FEW = 1 << 13  # scores that are cheaper to sort out at once than to sample
+__all__ = [
+    "Limits",
+    "apply_masks",
+    "as_fraction",
+    "choose_cuts",
+    "lowest",
+    "select",
+    "zero_marks",
+]
 
 
 def as_fraction(value: object, name: str = "sparsity") -> float:
@@ -83,110 +92,93 @@ def select(
         bool tensors like `scores`, True = zero. Equal scores go in the order of the layers, then
         of the groups.
     """
-    free = [s.numel() for s in scores]
-    sizes = list(sizes or free)
-    floors = [int(h.count_nonzero()) for h in held]
-    most = [
-        max(limits.most(size, n), floor) for size, n, floor in zip(sizes, free, floors, strict=True)
-    ]
+    rankings = [ScoreRanking(lambda s=s: s, h) for s, h in zip(scores, held, strict=True)]
+    cuts = choose_cuts(rankings, counts, sizes=sizes, widths=widths, limits=limits)
+    return [zero_marks(r, cut) for r, cut in zip(rankings, cuts, strict=True)]
+
+
+def choose_cuts(
+    rankings: Sequence[Ranking],
+    counts: int | Sequence[int],
+    *,
+    sizes: Sequence[int] | None = None,
+    widths: Sequence[int] | None = None,
+    limits: Limits = Limits(),
+) -> list[Cut | None]:
+    """Where to cut each layer's ranking; None leaves it at what is held. See `select`.
+
+    Raises:
+        ValueError: what the criterion returns cannot be used; the layer is named.
+    """
+    _prepare(rankings)
+    sizes = list(sizes or [r.size for r in rankings])
+    floors = [r.held for r in rankings]
+    free = zip(sizes, rankings, strict=True)
+    most = [max(limits.most(size, r.size), r.held) for size, r in free]
     if isinstance(counts, int):
-        n = min(max(counts, sum(floors)), sum(most))
-        found = _together(scores, n, held, most)
+        cuts = _together(rankings, min(max(counts, sum(floors)), sum(most)), most)
     else:
-        wanted = zip(counts, floors, most, strict=True)
-        wanted = [min(max(n, floor), top) for n, floor, top in wanted]
-        found = [_within(s, h, n) for s, h, n in zip(scores, held, wanted, strict=True)]
+        wanted = [min(n, top) for n, top in zip(counts, most, strict=True)]
+        cuts = [_within(r, n) for r, n in zip(rankings, wanted, strict=True)]
     if limits.round_to > 1:
         wide = widths or [1] * len(sizes)
-        for i, (size, width, floor) in enumerate(zip(sizes, wide, floors, strict=True)):
-            n = max(limits.rounded(int(found[i].count_nonzero()), size, width), floor)
-            found[i] = _within(scores[i], held[i], n)
-    return found
+        for i, (ranking, size, width) in enumerate(zip(rankings, sizes, wide, strict=True)):
+            reached = cuts[i].n if cuts[i] else ranking.held
+            n = limits.rounded(reached, size, width)
+            cuts[i] = cuts[i] if n == reached else _within(ranking, n)
+    for ranking, cut in zip(rankings, cuts, strict=True):
+        if cut is None:
+            ranking.check()  # bad scores are refused, also where they make no difference
+    return cuts
 
 
-def _within(scores: Tensor, held: Tensor, n: int) -> Tensor:
-    return held.clone() if n <= int(held.count_nonzero()) else lowest([_first(scores, held)], n)[0]
+def zero_marks(ranking: ScoreRanking, cut: Cut | None) -> Tensor:
+    """(size,) bool, True for what goes; without a cut, for what is held."""
+    if cut is None:
+        return ranking.marks.clone()
+    stays = torch.empty_like(ranking.marks)
+    write_kept(ranking, cut, stays)
+    return stays.logical_not_()
 
 
-def _first(scores: Tensor, held: Tensor) -> Tensor:
-    """Scores with the held groups below all others."""
-    floor = torch.finfo(scores.dtype).min
-    return scores.clamp(min=floor).masked_fill_(held, -math.inf)
+def _prepare(rankings: Sequence[Ranking]) -> None:
+    """Compute what is kept, and compare all scores in the widest of their types."""
+    for ranking in rankings:
+        ranking.prepare()
+    if any(r.dtype == torch.float64 for r in rankings):
+        for ranking in rankings:
+            ranking.dtype = torch.float64
 
 
-def _together(
-    scores: Sequence[Tensor], n: int, held: Sequence[Tensor], most: Sequence[int]
-) -> list[Tensor]:
+def _within(ranking: Ranking, n: int) -> Cut | None:
+    return cut_lowest([ranking], n)[0] if n > ranking.held else None
+
+
+def _together(rankings: Sequence[Ranking], n: int, most: Sequence[int]) -> list[Cut | None]:
     """The `n` lowest over all layers, in none of them more than its `most`.
 
     A layer that would go beyond its bound is filled up to it and leaves the ranking; the others
     share what remains. Their threshold only rises by that, so a filled layer stays filled.
     """
-    found: list[Tensor] = [torch.zeros(0)] * len(scores)
-    ranked = list(range(len(scores)))
-    while ranked:
-        zero = lowest([_first(scores[i], held[i]) for i in ranked], n)
-        over = [i for i, z in zip(ranked, zero, strict=True) if int(z.count_nonzero()) > most[i]]
-        for i, z in zip(ranked, zero, strict=True):
-            found[i] = _within(scores[i], held[i], most[i]) if i in over else z
+    cuts: list[Cut | None] = [None] * len(rankings)
+    ranked = list(range(len(rankings)))
+    while ranked and n > sum(rankings[i].held for i in ranked):
+        for i, cut in zip(ranked, cut_lowest([rankings[i] for i in ranked], n), strict=True):
+            cuts[i] = cut
+        over = [i for i in ranked if cuts[i].n > most[i]]
         if not over:
             break
+        for i in over:
+            cuts[i] = _within(rankings[i], most[i])
         n -= sum(most[i] for i in over)
         ranked = [i for i in ranked if i not in over]
-    return found
+    return cuts
 
 
 def lowest(scores: Sequence[Tensor], n: int) -> list[Tensor]:
     """Mark the `n` lowest of all scores, equal ones in order: bool tensors like `scores`."""
-    total = sum(s.numel() for s in scores)
-    if n <= 0:
-        return [torch.zeros_like(s, dtype=torch.bool) for s in scores]
-    if n >= total:
-        return [torch.ones_like(s, dtype=torch.bool) for s in scores]
-    threshold = _nth(scores, n)
-    marks = [s < threshold for s in scores]
-    missing = n - sum(int(m.count_nonzero()) for m in marks)
-    for s, mark in zip(scores, marks, strict=True):
-        ties = (s == threshold).nonzero().flatten()[:missing]
-        mark[ties] = True
-        missing -= ties.numel()
-        if not missing:
-            break
-    return marks
-
-
-def _nth(scores: Sequence[Tensor], n: int) -> Tensor:
-    """The n-th smallest of all scores.
-
-    Few scores are sorted out by `torch.kthvalue`. Of N scores, an even sample of N ** (2 / 3)
-    brackets the threshold: it is one of the brackets, or the search goes on among the few per
-    cent between them. Where the sample misled, all are sorted out after all.
-    """
-    total = sum(s.numel() for s in scores)
-    if total > _FEW:
-        low, high = _brackets(scores, n / total)
-        below = _count(scores, torch.le, low)
-        if n <= below and _count(scores, torch.lt, low) < n:
-            return low
-        between = torch.cat([s[(s > low) & (s < high)] for s in scores])
-        if below < n <= below + between.numel():
-            return _nth([between], n - below)
-        if below + between.numel() < n <= _count(scores, torch.le, high):
-            return high
-    return torch.cat([s.flatten() for s in scores]).kthvalue(n).values
-
-
-def _brackets(scores: Sequence[Tensor], share: float) -> tuple[Tensor, Tensor]:
-    """Two scores, most likely below and above the one at this share of all."""
-    stride = round(sum(s.numel() for s in scores) ** (1 / 3))
-    sample = torch.cat([s.flatten()[::stride] for s in scores]).sort().values
-    last = sample.numel() - 1
-    at, slack = share * last, 3 * math.sqrt(last)
-    return sample[max(0, math.floor(at - slack))], sample[min(last, math.ceil(at + slack))]
-
-
-def _count(scores: Sequence[Tensor], compare: Callable[..., Tensor], value: Tensor) -> int:
-    return sum(int(compare(s, value).count_nonzero()) for s in scores)
+    held = [torch.zeros_like(s, dtype=torch.bool) for s in scores]
+    return select(scores, n, held=held, limits=Limits(min_keep=0))
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -197,12 +189,13 @@ def apply_masks(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Write +0.0 where a mask is 0 and leave the other bits alone, in one foreach call.
 
     The uint8 mask multiplies the float's bits as an integer: unlike a product of floats this
-    leaves neither -0.0 nor nan behind, and costs no more.
+    leaves neither -0.0 nor nan behind, and costs no more. It is widened to integers on the way,
+    so that large weights are taken in pieces.
 
     Args:
         weights: floating-point tensors of any shapes.
         masks: uint8 tensors of the same shapes, 1 = kept, 0 = zeroed.
     """
-    if masks:
-        bits = [w.detach().view(_BITS[w.element_size()]) for w in weights]
-        torch._foreach_mul_(bits, list(masks))
+    bits = [p for w in weights for p in pieces(w.detach().view(_BITS[w.element_size()]))]
+    if bits:
+        torch._foreach_mul_(bits, [p for m in masks for p in pieces(m)])

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion
 from ..core.granularity import blocks_in, over_blocks, spread
+from ..core.masks import zero_marks
 from ..core.normalise import normalise
+from ..core.ranking import ElementRanking, Ranking, ScoreRanking
+from ..core.selection import Cut, write_kept
 from ..coupling.labels import PRODUCE, SCALE, SHIFT
 from ..coupling.ranking import ranked_bundles, zeroed_units
 from ..coupling.units import Axis
 
-__all__ = ["Groups", "LayerGroups", "UnitGroups", "WeightGroups"]
+__all__ = ["Groups", "LayerGroups", "UnitGroups", "WeightGroups", "ranking_of", "write_cut"]
 
 _SPEAKING = (PRODUCE, SCALE, SHIFT)  # what makes a channel speak: all of it is zeroed
 
@@ -101,6 +104,28 @@ class WeightGroups:
         return _tally(size, zeros, size, zeros, cost, round(cost * zeros / max(size, 1)))
 
 
+def ranking_of(
+    groups: Groups, criterion: Criterion, *, relative: bool, kept: bool = False
+) -> Ranking:
+    """The groups in the order in which they go; their scores are `kept`, or computed in pieces."""
+    single = isinstance(groups, LayerGroups) and groups.single
+    if single and criterion.elementwise and not kept and not (relative and criterion.norm):
+        return ElementRanking(groups.weight, criterion, groups.parameter)
+    return ScoreRanking(lambda: groups.scores(criterion, relative=relative), groups.zeroed())
+
+
+def write_cut(
+    groups: Groups, ranking: Ranking, cut: Cut | None, masks: Mapping[str, Tensor]
+) -> None:
+    """Put 0 for what goes into masks of 1; without a cut, for what is held."""
+    if isinstance(ranking, ScoreRanking):
+        groups.write(zero_marks(ranking, cut), masks)
+    elif cut is None:
+        ranking.write_held(masks[groups.parameter])
+    else:
+        write_kept(ranking, cut, masks[groups.parameter])
+
+
 @dataclass(eq=False)
 class LayerGroups(WeightGroups):
     """Rows, kernels, blocks and all other groups of a single shape.
@@ -121,6 +146,11 @@ class LayerGroups(WeightGroups):
     @property
     def _shape(self) -> torch.Size:
         return blocks_in(self.weight.shape, self.group)
+
+    @property
+    def single(self) -> bool:
+        """Whether each weight is a group of its own."""
+        return self._shape == self.weight.shape
 
     def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
         scores = criterion(self.weight, self.parameter)

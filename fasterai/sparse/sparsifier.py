@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion, Lookup, as_criterion, large_final
 from ..core.granularity import Granularity
-from ..core.masks import Limits, apply_masks, as_fraction, select
+from ..core.masks import Limits, apply_masks, as_fraction, choose_cuts, zero_marks
 from ..core.names import LayerChoice, unknown_name
+from ..core.ranking import ElementRanking, Ranking, ScoreRanking
+from ..core.selection import Cut
 from ..measure.profile import macs
 from .choose import choose
+from .groups import ranking_of, write_cut
 from .records import Records, stand_in
 from .regrow import Regrowth
 from .report import sparsity_report
@@ -119,9 +122,10 @@ class Sparsifier:
         self.masks: dict[str, Tensor] = {
             name: torch.ones_like(p, dtype=torch.uint8) for name, p in covered.items()
         }
-        self._set(self._held())
-        self._regrowth = Regrowth(self._held()) if regrow else None
         self._records = Records(self.criteria.needs, covered)
+        self._regrowth = Regrowth(self._held()) if regrow else None
+        rankings = self._rankings()
+        self._set(rankings, [None] * len(rankings))
 
     # --- public --------------------------------------------------------------------------------
 
@@ -218,7 +222,7 @@ class Sparsifier:
 
     def held(self) -> tuple[float, ...]:
         """The share of the groups that is zero in the model, in the form of `targets`."""
-        zeros = [int(z.count_nonzero()) for z in self._held()]
+        zeros = [r.held for r in self._rankings()]
         whole = [g.whole for g in self._groups]
         if self.context == "global":
             return (sum(zeros) / sum(whole),)
@@ -227,19 +231,21 @@ class Sparsifier:
     def sparsify_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
         """Zero these fractions, see `targets`; on the way to those `asked` in the end."""
         self._refuse_pruned()
-        counts = self._counts(targets)
-        held = self._held()
-        if self._regrowth is not None:  # what came back may be zero still, but is not held
-            held = [z & r.to(z.device) for z, r in zip(held, self._regrowth.zero, strict=True)]
-        if self._more(counts, held):
+        counts, rankings = self._counts(targets), self._rankings()
+        cuts: list[Cut | None] = [None] * len(rankings)
+        if self._more(counts, [r.held for r in rankings]):
+            scores = self.scores() if self._keeps_scores else []
+            if scores:
+                pairs = zip(scores, rankings, strict=True)
+                rankings = [ScoreRanking(lambda s=s: s, r.marks) for s, r in pairs]
             sizes = [g.size for g in self._groups]
             widths = [g.width for g in self._groups]
-            scores = self.scores()
-            held = select(scores, counts, held=held, sizes=sizes, widths=widths, limits=self.limits)
+            cuts = choose_cuts(rankings, counts, sizes=sizes, widths=widths, limits=self.limits)
             if self._regrowth is not None:
-                self._regrowth.went(held, scores)
+                gone = [zero_marks(r, cut) for r, cut in zip(rankings, cuts, strict=True)]
+                self._regrowth.went(gone, scores)
         self.asked = tuple(targets if asked is None else asked)
-        self._set(held)
+        self._set(rankings, cuts)
         self.apply()
         self._records.renew()
 
@@ -253,7 +259,8 @@ class Sparsifier:
         widths = [g.width for g in self._groups]
         zero = self._regrowth.back(self._counts(targets), widths, self.limits.round_to)
         self.asked = tuple(targets if asked is None else asked)
-        self._set(zero)
+        rankings = [ScoreRanking(list, z) for z in zero]  # of which only the marks count
+        self._set(rankings, [None] * len(rankings))
         self.apply()
 
     def scores(self) -> list[Tensor]:
@@ -300,19 +307,37 @@ class Sparsifier:
     def _held(self) -> list[Tensor]:
         return [g.zeroed() for g in self._groups]
 
-    @staticmethod
-    def _more(counts: int | Sequence[int], held: Sequence[Tensor]) -> bool:
-        have = [int(h.count_nonzero()) for h in held]
-        if isinstance(counts, int):
-            return counts > sum(have)
-        return any(n > h for n, h in zip(counts, have, strict=True))
+    @property
+    def _keeps_scores(self) -> bool:
+        return bool(self.criteria.needs) or self._regrowth is not None
 
-    def _set(self, zero: Sequence[Tensor]) -> None:
-        for mask in self.masks.values():
-            mask.fill_(1)
-        for group, z in zip(self._groups, zero, strict=True):
-            group.write(z, self.masks)
-        self._zeros = sum(int(z.count_nonzero()) for z in zero)
+    def _rankings(self) -> list[Ranking]:
+        found = [
+            ranking_of(g, self.criteria, relative=self.context == "global", kept=self._keeps_scores)
+            for g in self._groups
+        ]
+        if self._regrowth is None:
+            return found
+        # what came back may be zero still, but is not held; its scores are made when they count
+        pairs = zip(found, self._regrowth.zero, strict=True)
+        return [ScoreRanking(list, r.marks & z.to(r.marks.device)) for r, z in pairs]
+
+    @staticmethod
+    def _more(counts: int | Sequence[int], held: Sequence[int]) -> bool:
+        if isinstance(counts, int):
+            return counts > sum(held)
+        return any(n > h for n, h in zip(counts, held, strict=True))
+
+    def _set(self, rankings: Sequence[Ranking], cuts: Sequence[Cut | None]) -> None:
+        pairs = zip(self._groups, rankings, strict=True)
+        whole = {g.parameter for g, r in pairs if isinstance(r, ElementRanking)}
+        for name, mask in self.masks.items():
+            if name not in whole:
+                mask.fill_(1)
+        self._zeros = 0
+        for group, ranking, cut in zip(self._groups, rankings, cuts, strict=True):
+            write_cut(group, ranking, cut, self.masks)
+            self._zeros += ranking.held if cut is None else cut.n
         self._any = self._zeros > 0
 
     def _no_such(self, name: str) -> str:
