@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from ..core.criteria import Criterion, as_criterion, large_final
+from ..core.former import explain_former
 from ..core.masks import Limits, as_fraction
 from ..core.names import LayerChoice, pick
 from ..coupling.couple import couple
@@ -62,6 +63,7 @@ class Pruner:
             relative to the largest output, on the example and on random inputs.
     """
 
+    @explain_former("the share, context and criteria go to prune_model(0.4)")
     def __init__(
         self,
         model: nn.Module,
@@ -202,6 +204,11 @@ class Pruner:
         """Choose, try and take back; the model is as before when this returns."""
         if context not in ("local", "global"):
             raise ValueError(f"context must be 'local' or 'global', got {context!r}")
+        if isinstance(sparsity, Mapping):
+            raise TypeError(
+                "prune_model takes one sparsity for all layers; for one each, zero filters with "
+                "Sparsifier(model, 'filter').sparsify_model({...}), then call prune_model()"
+            )
         criterion, exact = as_criterion(criteria), sparsity is None
         share = 0.0 if exact else as_fraction(sparsity)
         self._refresh()

@@ -12,6 +12,7 @@ from fastai.learner import Recorder
 from torch import Tensor
 
 from ..core.criteria import Criterion, as_criterion, large_final
+from ..core.former import explain_former
 from ..core.granularity import Granularity
 from ..core.masks import Limits, as_fraction
 from ..core.names import LayerChoice, as_choices
@@ -61,6 +62,7 @@ class SparsifyCallback(Callback):
     order = Recorder.order + 5  # after its columns, before the progress bar shows them
     remove_on_fetch = True
 
+    @explain_former()
     def __init__(
         self,
         sparsity: float | tuple[float, float] | Mapping[str, float],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.criteria import Criterion, Lookup, as_criterion, large_final
+from ..core.former import explain_former
 from ..core.granularity import Granularity
 from ..core.masks import Limits, apply_masks, as_fraction, choose_cuts, zero_marks
 from ..core.names import LayerChoice, unknown_name
@@ -83,6 +84,7 @@ class Sparsifier:
         ValueError: unknown names, a model with nothing to sparsify, or inputs it cannot run on.
     """
 
+    @explain_former()
     def __init__(
         self,
         model: nn.Module,
@@ -129,6 +131,7 @@ class Sparsifier:
 
     # --- public --------------------------------------------------------------------------------
 
+    @explain_former()
     def sparsify_model(self, sparsity: Sparsity) -> nn.Module:
         """Zero this share of the groups now, the lowest scores first, and return the model.
 
@@ -340,7 +343,9 @@ class Sparsifier:
             self._zeros += ranking.held if cut is None else cut.n
         self._any = self._zeros > 0
 
-    def _no_such(self, name: str) -> str:
+    def _no_such(self, name: object) -> str:
+        if not isinstance(name, str):
+            return f"a sparsity for each layer goes by names of layers, got {name!r}"
         if name in self.skipped:
             return f"layer {name!r} cannot be sparsified: {self.skipped[name]}"
         if name in dict(self.model.named_modules()):

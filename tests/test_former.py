@@ -1,0 +1,72 @@
+"""Calls of former versions are refused with what to write instead."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from fasterai.core.criteria import large_final
+from fasterai.core.former import FORMER, explain_former
+from fasterai.prune.pruner import Pruner
+from fasterai.sparse.callback import SparsifyCallback
+from fasterai.sparse.sparsifier import Sparsifier
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+
+
+X = torch.randn(2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: Sparsifier(m, "weight", layer_type=nn.Conv2d), "'layer_type'.*layers=nn.Conv2d"),
+        (lambda m: Sparsifier(m, "weight", "local", large_final, False), "by name it takes layers"),
+        (lambda m: Sparsifier(m, nm=True), "Sparsifier takes no argument 'nm'.*'2:4'"),
+        (lambda m: Sparsifier(m).sparsify_model(0.5, round_to=8), "Sparsifier.*round_to=8"),
+        (lambda m: Sparsifier(m).sparsify_model(0.5, 8), "takes sparsity by position, got 2"),
+        (lambda m: SparsifyCallback(end_sparsity=50), "'end_sparsity': pass sparsity=0.4"),
+        (lambda m: SparsifyCallback(0.5, start_epoch=2), r"agp\.over"),
+        (lambda m: SparsifyCallback(0.5, model=m), "'model': it is learn.model"),
+        (lambda m: SparsifyCallback(0.5, lth=True), r"'lth'.*load_state_dict\(copy\)"),
+        (lambda m: Pruner(m, pruning_ratio=0.4), r"'pruning_ratio'.*prune_model\(0.4\)"),
+        (lambda m: Pruner(m, 0.4, "local", large_final), "by position, got 4.*go to prune_model"),
+        (lambda m: Pruner(m, X, ignored_layers=[m[0]]), "'ignored_layers': pass exclude"),
+    ],
+)
+def test_former_calls_say_what_to_write(call, message):
+    model = net()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(TypeError, match=message):
+        call(model)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_layers_go_by_name():
+    model = net()
+    with pytest.raises(ValueError, match="by names of layers, got Conv2d"):
+        Sparsifier(model).sparsify_model({model[0]: 0.5})
+    with pytest.raises(TypeError, match="one sparsity for all layers"):
+        Pruner(model, X).prune_model({"0": 0.5})
+
+
+@pytest.mark.parametrize("name", sorted(FORMER))
+def test_an_argument_that_is_taken_is_no_former_one(name):
+    space = {}
+    exec(f"def taking({name}=0):\n    return {name}", space)
+    assert explain_former()(space["taking"])(**{name: 3}) == 3
+    with pytest.raises(TypeError, match=f"no argument '{name}'"):
+        explain_former()(lambda self: None)(None, **{name: 3})
+
+
+def test_other_mistakes_and_signatures_are_as_python_has_them():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'granularty'"):
+        SparsifyCallback(0.5, granularty="filter")
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'sparsity'"):
+        SparsifyCallback()
+    names = ["sparsity", "granularity", "context", "criteria", "schedule"]
+    assert list(inspect.signature(SparsifyCallback).parameters)[:5] == names
