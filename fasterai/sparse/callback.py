@@ -163,7 +163,7 @@ class SparsifyCallback(Callback):
             initial = self.initial
             self._from = sparsifier.held() if initial is None else sparsifier.targets(initial)
             if any(self._to):
-                sparsifier.scores()  # a criterion that fails does so before training
+                sparsifier.check_criteria()  # one that fails does so before training
             if not any(self._to):
                 sparsifier.release()  # nothing is asked: train as without a callback
             sparsifier.apply()

@@ -206,6 +206,11 @@ class Sparsifier:
         relative = self.context == "global"
         return [g.scores(self.criteria, relative=relative) for g in self._groups]
 
+    def check_criteria(self) -> None:
+        """Score all groups once and keep nothing, for the errors of `scores`."""
+        for group in self._groups:
+            ranking_of(group, self.criteria, relative=self.context == "global").check()
+
     def release(self) -> None:
         """Let go of the masks; reports go on working."""
         self.masks, self._any = {}, False
