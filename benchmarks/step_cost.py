@@ -118,8 +118,10 @@ def fit(arm, model, x, y):
     learn = Learner(dls, model, nn.CrossEntropyLoss(), lr=1e-3)
     learn.remove_cbs(learn.cbs[-1:])
     learn.logger = lambda _: None
+    before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def run():
+        model.load_state_dict(before)  # what the last fit zeroed would be held
         callbacks = []
         if arm == "fit, agp":
             from fasterai.core.schedule import agp

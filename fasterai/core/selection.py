@@ -13,7 +13,7 @@ misled or the bracket holds too much, the threshold is read off the bits of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,14 +73,13 @@ def cut_lowest(rankings: Sequence[Ranking], n: int) -> list[Cut]:
 
 def write_kept(ranking: Ranking, cut: Cut, out: Tensor) -> None:
     """Write what stays: 1 into a bool or uint8 tensor of the scores' shape, 0 for what goes."""
-    gone = 0
+    gone = 0  # of the groups that score the threshold
     for scores, part in zip(ranking.scores(), pieces(out), strict=True):
-        # comparing into floats and copying these is faster than comparing into bools
-        stays = torch.gt(scores, cut.threshold, out=torch.empty_like(scores))
-        if cut.ties < cut.equal:
+        all_go = cut.ties == cut.equal or gone < cut.ties
+        stays = _compare(torch.gt if all_go else torch.ge, scores, cut.threshold)
+        if gone < cut.ties < cut.equal:
             equal = scores.flatten() == cut.threshold
-            spared = equal & (equal.cumsum(0) > cut.ties - gone)
-            stays += spared.view(scores.shape)
+            stays += (equal & (equal.cumsum(0) > cut.ties - gone)).view(scores.shape)
             gone += int(equal.count_nonzero())
         part.view(torch.bool).copy_(stays)
 
@@ -92,50 +91,42 @@ Places = list[tuple[int, int]]  # how many scores of each layer are less than it
 
 def _search(rankings: Sequence[Ranking], n: int) -> tuple[float, Places]:
     """The n-th smallest score of all, at the least cost that it takes."""
-    few = sum(r.size for r in rankings) <= _FEW
-    below, inside = _everything(rankings) if few else _inside_bracket(rankings, n)
-    rest = n - sum(below)
-    if 0 < rest <= sum(len(x) for x in inside):
-        threshold = torch.cat(inside).kthvalue(rest).values.item()
-        pairs = zip(below, (_place([x], threshold) for x in inside), strict=True)
-        return threshold, [(b + less, equal) for b, (less, equal) in pairs]
-    threshold = _by_digits(rankings, n)
-    return threshold, [_place(r.scores(), threshold) for r in rankings]
-
-
-def _place(scores: Iterable[Tensor], threshold: float) -> tuple[int, int]:
-    counts = [((s < threshold).sum(), (s == threshold).sum()) for s in scores]
-    return int(sum(less for less, _ in counts)), int(sum(equal for _, equal in counts))
-
-
-def _everything(rankings: Sequence[Ranking]) -> tuple[list[int], list[Tensor]]:
-    _be_strict(rankings)
-    return [0] * len(rankings), [torch.cat([s.flatten() for s in r.scores()]) for r in rankings]
-
-
-def _inside_bracket(rankings: Sequence[Ranking], n: int) -> tuple[list[int], list[Tensor]]:
-    """How many scores of each layer are up to the bracket, and those inside; or two empty lists.
-
-    Empty where the scores inside would take too much memory.
-    """
+    if sum(r.size for r in rankings) <= _FEW:
+        _be_strict(rankings)
+        every = [torch.cat([s.flatten() for s in r.scores()]) for r in rankings]
+        return _among(every, [0] * len(every), n)
     low, high = _bracket(rankings, n)
     if any(r.strict or low < r.resting for r in rankings):
         _be_strict(rankings)
         low, high = _bracket(rankings, n)
-    below, inside, room = [], [], sum(r.size for r in rankings) // _PART
-    for ranking in rankings:
-        above, found = 0, []
-        for scores in ranking.scores():
-            over = torch.gt(scores, low, out=torch.empty_like(scores))
-            above += int(over.sum(dtype=torch.float32))
-            over.mul_(torch.lt(scores, high, out=torch.empty_like(scores)))
-            found.append(scores[over.bool()])
-            room -= len(found[-1])
-            if room < 0:
-                return [], []
-        below.append(ranking.size - above)
-        inside.append(torch.cat(found))
-    return below, inside
+    below, inside = _inside(rankings, low, high)
+    if sum(below) < n <= sum(below) + sum(len(x) for x in inside):
+        return _among(inside, below, n)
+    if not all(r.strict for r in rankings):
+        _be_strict(rankings)
+        return _search(rankings, n)
+    for threshold in (low, high):  # with many equal scores it is often one of these
+        places = [_place(r.scores(), threshold) for r in rankings]
+        less, equal = (sum(counts) for counts in zip(*places, strict=True))
+        if less < n <= less + equal:
+            return threshold, places
+    threshold = _by_digits(rankings, n)
+    return threshold, [_place(r.scores(), threshold) for r in rankings]
+
+
+def _among(inside: Sequence[Tensor], below: Sequence[int], n: int) -> tuple[float, Places]:
+    """The n-th smallest score where `below` of each layer are less than those `inside`."""
+    threshold = torch.cat(inside).kthvalue(n - sum(below)).values.item()
+    more = [_place([x], threshold) for x in inside]
+    return threshold, [(b + less, equal) for b, (less, equal) in zip(below, more, strict=True)]
+
+
+def _place(scores: Iterable[Tensor], threshold: float) -> tuple[int, int]:
+    less = equal = 0
+    for piece in scores:
+        less = less + _compare(torch.lt, piece, threshold).sum(dtype=torch.float64)
+        equal = equal + _compare(torch.eq, piece, threshold).sum(dtype=torch.float64)
+    return int(less), int(equal)
 
 
 def _bracket(rankings: Sequence[Ranking], n: int) -> tuple[float, float]:
@@ -149,6 +140,32 @@ def _bracket(rankings: Sequence[Ranking], n: int) -> tuple[float, float]:
         sample.kthvalue(low).values.item() if low > 0 else -math.inf,
         sample.kthvalue(high).values.item() if high <= len(sample) else math.inf,
     )
+
+
+def _inside(rankings: Sequence[Ranking], low: float, high: float) -> tuple[list[int], list[Tensor]]:
+    """How many scores of each layer are up to `low`, and those between `low` and `high`.
+
+    Two empty lists where these would take too much memory.
+    """
+    below, inside, room = [], [], sum(r.size for r in rankings) // _PART
+    for ranking in rankings:
+        above, found = 0, []
+        for scores in ranking.scores():
+            over = _compare(torch.gt, scores, low)
+            above += int(over.sum(dtype=torch.float32))
+            between = over.mul_(_compare(torch.lt, scores, high))
+            found.append(scores[between.bool()])
+            room -= len(found[-1])
+            if room < 0:
+                return [], []
+        below.append(ranking.size - above)
+        inside.append(torch.cat(found))
+    return below, inside
+
+
+def _compare(compare: Callable[..., Tensor], scores: Tensor, value: float) -> Tensor:
+    """1.0 and 0.0: comparing into floats is much faster than comparing into bools."""
+    return compare(scores, value, out=torch.empty_like(scores))
 
 
 def _by_digits(rankings: Sequence[Ranking], n: int) -> float:

@@ -280,7 +280,11 @@ class Sparsifier:
 
     def try_criteria(self) -> None:
         """Score once, with numbers in place of records, so that what fails does so early."""
-        self._scores(lambda _, name: stand_in(self._covered[name]))
+        if self.criteria.needs:
+            self._scores(lambda _, name: stand_in(self._covered[name]))
+            return
+        for group in self._groups:
+            ranking_of(group, self.criteria, relative=self.context == "global").check()
 
     def release(self) -> None:
         """Let go of the masks and of what the criterion needed; reports go on working."""
