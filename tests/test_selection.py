@@ -205,6 +205,15 @@ def test_scores_of_any_function_are_asked_for_once():
     assert sum(int((m.weight == 0).sum()) for m in model[:2]) == 40_000
 
 
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_scores_may_depend_on_what_learns(elementwise):
+    factor = nn.Parameter(torch.tensor(2.0))
+    model = nn.Sequential(nn.Linear(200, 200), nn.Linear(200, 2))
+    criterion = Criterion(lambda w: (w * factor).abs(), elementwise=elementwise)
+    Sparsifier(model, "weight", criteria=criterion).sparsify_model(0.5)
+    assert int((model[0].weight == 0).sum()) == 20_000
+
+
 @pytest.mark.parametrize("context", ["local", "global"])
 def test_elements_and_kept_scores_give_the_same_masks(context):
     """Over a training with growing sparsity, floors and multiples."""

@@ -73,7 +73,7 @@ class ScoreRanking(Ranking):
 
     def prepare(self) -> None:
         if self._made is None and self._kept is None:
-            made = self._make()
+            made = self._make().detach()
             self._made = made if made.dtype == torch.float64 else made.float()
             self.dtype = self._made.dtype
 
@@ -132,9 +132,9 @@ class ElementRanking(Ranking):
 
     def _score(self, elements: Tensor) -> Tensor:
         if self._sound:
-            scores = self._criterion.func(elements).to(self.dtype)
+            scores = self._criterion.func(elements).detach().to(self.dtype)
         else:
-            scores = self._criterion(elements, self._name).to(self.dtype)
+            scores = self._criterion(elements, self._name).detach().to(self.dtype)
         if not self.strict:
             return scores
         return _held_below(scores, elements == 0 if self.held else None)

@@ -117,15 +117,15 @@ def _search(rankings: Sequence[Ranking], n: int) -> tuple[float, Places]:
 def _among(inside: Sequence[Tensor], below: Sequence[int], n: int) -> tuple[float, Places]:
     """The n-th smallest score where `below` of each layer are less than those `inside`."""
     threshold = torch.cat(inside).kthvalue(n - sum(below)).values.item()
-    more = [_place([x], threshold) for x in inside]
+    more = [_place(pieces(x), threshold) for x in inside]
     return threshold, [(b + less, equal) for b, (less, equal) in zip(below, more, strict=True)]
 
 
 def _place(scores: Iterable[Tensor], threshold: float) -> tuple[int, int]:
     less = equal = 0
     for piece in scores:
-        less = less + _compare(torch.lt, piece, threshold).sum(dtype=torch.float64)
-        equal = equal + _compare(torch.eq, piece, threshold).sum(dtype=torch.float64)
+        less = less + _compare(torch.lt, piece, threshold).sum().long()
+        equal = equal + _compare(torch.eq, piece, threshold).sum().long()
     return int(less), int(equal)
 
 
@@ -152,7 +152,7 @@ def _inside(rankings: Sequence[Ranking], low: float, high: float) -> tuple[list[
         above, found = 0, []
         for scores in ranking.scores():
             over = _compare(torch.gt, scores, low)
-            above += int(over.sum(dtype=torch.float32))
+            above += int(over.sum())  # exact: a piece has fewer than 2 ** 24
             between = over.mul_(_compare(torch.lt, scores, high))
             found.append(scores[between.bool()])
             room -= len(found[-1])
