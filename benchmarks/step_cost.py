@@ -121,7 +121,7 @@ def fit(arm, model, x, y):
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def run():
-        model.load_state_dict(before)  # what the last fit zeroed would be held
+        model.load_state_dict(before, strict=False)  # else what was zeroed is held
         callbacks = []
         if arm == "fit, agp":
             from fasterai.core.schedule import agp
