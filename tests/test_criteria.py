@@ -588,3 +588,14 @@ def test_the_pruner_ranks_by_the_gradients_that_are_there():
     pruner.plan_for(0.5, criteria=grad_crit)
     pruner.prune_model(0.5, criteria=grad_crit)
     assert torch.equal(model.a.weight, kept)
+
+
+def test_going_down_renews_what_was_before():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
+    sparsifier = Sparsifier(model, criteria=C.updating_movement, regrow=True)
+    move(model, 1)
+    sparsifier.sparsify_model(0.5)
+    move(model, 2)
+    sparsifier.regrow_model(0.25)
+    with pytest.raises(NothingToCompare):
+        sparsifier.sparsify_model(0.5)  # nothing was trained since

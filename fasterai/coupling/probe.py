@@ -97,7 +97,7 @@ def wiring(
 ) -> tuple[str | None, list[Factor]]:
     """Why these units cannot be cut, or None, tried without touching the model's tensors.
 
-    The second value tells which factors change with the cut; see `replay`.
+    The second value tells which factors change with the cut; see `replay`, also for `modes`.
     """
     plan = cutting(model, coupling, axes, remove, exact=exact)
     try:

@@ -67,7 +67,7 @@ class Trial:
         """
         remove = self._settled(wanted, [False])
         where = self.coupling, self.axes, remove
-        if wiring(self.model, self.inputs, *where, modes=[True], exact=self._exact)[0] is not None:
+        if remove and wiring(self.model, self.inputs, *where, modes=[True], exact=self._exact)[0]:
             remove = self._settled(wanted, [False, True])
         return remove
 

@@ -265,6 +265,7 @@ class Sparsifier:
         rankings = [ScoreRanking(list, z) for z in zero]  # of which only the marks count
         self._set(rankings, [None] * len(rankings))
         self.apply()
+        self._records.renew()
 
     def scores(self) -> list[Tensor]:
         """One score a group, layer by layer.
