@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .inputs import map_tensors, operands_in
-from .labels import Beside, Tracer
+from .tracer import Beside, Tracer
 
 __all__ = ["Literals", "Muted", "Shapes", "numbers"]
 

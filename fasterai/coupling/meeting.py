@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .inputs import operands_in
-from .labels import CONSUME, FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Field, Tracer
+from .labels import CONSUME, FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Field
+from .tracer import Tracer
 
 __all__ = [
     "batch_norm",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .inputs import map_tensors
-from .labels import FIXED, SHIFT, Field, Tracer
+from .labels import FIXED, SHIFT, Field
+from .tracer import Tracer
 
 __all__ = ["concatenation", "indexing", "movement", "padding", "parting", "shuffling", "stacking"]
 

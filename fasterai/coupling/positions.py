@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .inputs import operands_in
-from .labels import Field, Tracer
+from .labels import Field
+from .tracer import Tracer
 
 __all__ = ["columns_of", "over_dims", "passes", "reduction", "sampling", "softmax", "spatial"]
 

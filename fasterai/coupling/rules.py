@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .inputs import operands_in
-from .labels import Tracer
 from .meeting import (
     batch_norm,
     contraction,
@@ -29,6 +28,7 @@ from .meeting import (
 )
 from .moving import concatenation, indexing, movement, padding, parting, shuffling, stacking
 from .positions import columns_of, over_dims, passes, reduction, sampling, softmax, spatial
+from .tracer import Tracer
 
 __all__ = ["RULES", "follow"]
 

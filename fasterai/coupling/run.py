@@ -12,8 +12,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .engines import Literals, Muted, Shapes, numbers
 from .inputs import Inputs, plainly, run_quietly, tensors_in
-from .labels import Beside, Dim, Engine, Run, Tracer
+from .labels import Dim, Run
 from .rules import follow
+from .tracer import Beside, Engine, Tracer
 
 __all__ = ["run_labels", "run_numbers"]
 
