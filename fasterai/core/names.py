@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-__all__ = ["LayerChoice", "as_choices", "pick", "unknown_name"]
+__all__ = ["LayerChoice", "as_choices", "pick", "unknown_name", "unwrapped"]
 
 LayerChoice = str | type[nn.Module]
 
@@ -54,3 +54,18 @@ def unknown_name(name: str, known: Iterable[str], argument: str) -> str:
         f"; did you mean {', '.join(map(repr, near))}?" if near else "; see model.named_modules()"
     )
     return f"{argument}: the model has no layer {name!r}{hint}"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside `torch.compile`, `DistributedDataParallel` and `DataParallel`.
+
+    Its parameters are those of the wrapper, its names have no `_orig_mod.` or `module.`.
+    """
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if isinstance(model, parallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model

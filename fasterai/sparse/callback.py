@@ -54,6 +54,9 @@ class SparsifyCallback(ScheduledCallback):
         example_inputs: to see which layers are coupled; default the first training batch.
         mixed: 'filter' also zeroes channels that layer, RMS and group norms normalise together.
         whole_heads: attention heads are zeroed as a whole; else each becomes narrower.
+        hold_trackers: `SaveModelCallback`, `EarlyStoppingCallback`, `ReduceLROnPlateau` and other
+            trackers do not judge epochs before the target is reached: the best of those would be
+            a network that is less sparse. What every epoch saves (`every_epoch`) goes on.
     """
 
     columns = ("sparsity",)
@@ -74,8 +77,9 @@ class SparsifyCallback(ScheduledCallback):
         example_inputs: Any = None,
         mixed: bool = False,
         whole_heads: bool = False,
+        hold_trackers: bool = True,
     ) -> None:
-        super().__init__(criteria, schedule)
+        super().__init__(criteria, schedule, hold_trackers)
         if context not in ("local", "global"):
             raise ValueError(f"context must be 'local' or 'global', got {context!r}")
         self.initial, self.sparsity = _initial_and_final(sparsity)
@@ -91,13 +95,6 @@ class SparsifyCallback(ScheduledCallback):
         self.exclude, self.example_inputs = as_choices(exclude), example_inputs
         self.mixed, self.whole_heads = mixed, whole_heads
         self._sparsifier: Sparsifier | None = None
-
-    # --- events --------------------------------------------------------------------------------
-
-    def after_step(self) -> None:
-        """Zero again what the optimizer moved."""
-        if self._training and self._sparsifier is not None:
-            self._sparsifier.apply()
 
     # --- afterwards ----------------------------------------------------------------------------
 
@@ -133,6 +130,15 @@ class SparsifyCallback(ScheduledCallback):
             self.history.append((0, sparsifier.reached()))
         return any(self._to)
 
+    @property
+    def holds(self) -> bool:
+        """Whether there are zeros to hold."""
+        return self._sparsifier is not None
+
+    def hold(self) -> None:
+        """Zero again what the optimizer moved."""
+        self._sparsifier.apply()
+
     def go(self, share: float, before: float) -> None:
         """Zero more groups, or let some come back."""
         if falls(before, share):
@@ -143,6 +149,10 @@ class SparsifyCallback(ScheduledCallback):
     def reached(self) -> float:
         """The share of the groups that is held at zero."""
         return 0.0 if self._sparsifier is None else self._sparsifier.reached()
+
+    def arrived(self) -> bool:
+        """Whether all that is asked was zero when the fit began."""
+        return all(a >= b for a, b in zip(self._from, self._to, strict=True))
 
     def finish(self) -> None:
         """Let go of the masks and of what the criterion needed."""
