@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .labels import Dim
 from .mending import Mend, layer_integers
 
-__all__ = ["Cut", "cut", "shadowed"]
+__all__ = ["Cut", "by_parameter", "cut", "shadowed", "smaller"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +47,9 @@ def cut(model: nn.Module, plan: Cut) -> Callable[[], None]:
         plan: what stays.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    smaller = {
-        name: _smaller(tensors[name], plan.added.get(name), *how)
-        for name, how in _by_parameter(plan).items()
+    left = {
+        name: smaller(tensors[name], plan.added.get(name), *how)
+        for name, how in by_parameter(plan).items()
     }
     undo: list[Callable[[], None]] = []
 
@@ -58,9 +58,9 @@ def cut(model: nn.Module, plan: Cut) -> Callable[[], None]:
             step()
 
     try:
-        for name, data in smaller.items():
+        for name, data in left.items():
             undo.append(_swap(tensors[name], data))
-        _mend(model, {id(tensors[name]) for name in smaller}, plan, undo)
+        _mend(model, {id(tensors[name]) for name in left}, plan, undo)
     except BaseException:  # an interrupt, too, must not leave half a cut
         put_back()
         raise
@@ -78,11 +78,11 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     shadows: dict[int, Tensor] = {}
-    for name, (cuts, scales) in _by_parameter(plan).items():
+    for name, (cuts, scales) in by_parameter(plan).items():
         if shapes:
             data = _outline(tensors[name], cuts)
         else:
-            data = _smaller(tensors[name], plan.added.get(name), cuts, scales)
+            data = smaller(tensors[name], plan.added.get(name), cuts, scales)
         is_parameter = isinstance(tensors[name], nn.Parameter)
         shadows[id(tensors[name])] = nn.Parameter(data, False) if is_parameter else data
     undo: list[Callable[[], None]] = []
@@ -103,7 +103,8 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
 _ByDim = dict[int, Tensor]
 
 
-def _by_parameter(plan: Cut) -> dict[str, tuple[_ByDim, _ByDim]]:
+def by_parameter(plan: Cut) -> dict[str, tuple[_ByDim, _ByDim]]:
+    """For each tensor that changes: what stays along its dimensions, and factors along them."""
     found: dict[str, tuple[_ByDim, _ByDim]] = {}
     for place, given in enumerate((plan.kept, plan.scales)):
         for dim, value in given.items():
@@ -118,7 +119,8 @@ def _outline(tensor: Tensor, cuts: _ByDim) -> Tensor:
     return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
-def _smaller(tensor: Tensor, added: Tensor | None, cuts: _ByDim, scales: _ByDim) -> Tensor:
+def smaller(tensor: Tensor, added: Tensor | None, cuts: _ByDim, scales: _ByDim) -> Tensor:
+    """What is left of a tensor: a new one, in the same memory format; see `Cut`."""
     data = tensor.detach()
     if added is not None:
         data = (data + added).to(data.dtype)

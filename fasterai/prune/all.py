@@ -1,5 +1,6 @@
 """Everything that removes: `from fasterai.prune.all import *`."""
 
 from ..core.criteria import *
+from .optimizer import *
 from .plan import *
 from .pruner import *

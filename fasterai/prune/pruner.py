@@ -22,6 +22,7 @@ from ..measure.profile import counted, layer_costs, macs
 from .check import Differences, observe
 from .constants import Constants
 from .explain import axes_table, draw_axes
+from .optimizer import carrying, remember
 from .plan import Plan, make_plan
 from .select import Stay, ranked_units, zero_units
 from .trial import Trial
@@ -91,6 +92,7 @@ class Pruner:
         criteria: Criterion | Callable[[Tensor], Tensor] = large_final,
         round_to: int = 1,
         min_keep: int = 1,
+        optimizer: Any = None,
         verify: bool = True,
     ) -> nn.Module:
         """Remove units from the model, in place, and return it.
@@ -102,6 +104,8 @@ class Pruner:
             criteria: scores of weights, higher = keep.
             round_to: widths become multiples of this; fewer units go, where needed.
             min_keep: units that stay in each axis, at least.
+            optimizer: one whose state and gradients are cut with the parameters, so that it
+                trains on: `learn.opt`, or one of torch's; see `carry_optimizer`.
             verify: compare outputs before and after. The labels are replayed in any case.
 
         A cut is taken back where the smaller network does not run, wires channels together that
@@ -109,20 +113,21 @@ class Pruner:
         network that ignores the removed channels, for a fraction. What stays is named in
         `kept()`.
 
-        Tensors change their shapes: an optimizer must start afresh, as in
-        `learn.fit(..., reset_opt=True)`.
+        Tensors change their shapes: an optimizer that is not given here must be carried, see
+        `carry_optimizer`, or start afresh, as in `learn.fit(..., reset_opt=True)`.
         """
         limits = Limits(min_keep, round_to)
         decision = self._decide(sparsity, context, criteria, limits, verify)
         plan = make_plan(self.model, self._coupling, self._axes, decision.remove)
-        cut(self.model, decision.cut)
+        self._cut(decision.cut, optimizer)
+        remember(plan, self.model, decision.cut)
         self.plan, self._stay = plan, decision.stay
         apart = decision.apart if plan.removed else Differences(0.0, 0.0, True)
         self.max_abs_diff = apart.absolute if apart else None
         self.max_rel_diff = apart.relative if apart else None
-        if plan.removed:
+        if plan.removed and optimizer is None:
             self.model.zero_grad(set_to_none=True)
-        else:
+        if not plan.removed:
             why = self._why_nothing(sparsity is None, decision.wanted)
             warnings.warn(f"nothing was removed: {why}", stacklevel=2)
         return self.model
@@ -193,6 +198,17 @@ class Pruner:
             for axis in self._coupling.axes
         ]
         self._shapes = _shapes(self.model)
+
+    def _cut(self, how: Cut, optimizer: Any) -> None:
+        """Both are cut, or neither is."""
+        carry = None if optimizer is None else carrying(optimizer, self.model, how)
+        undo = cut(self.model, how)
+        try:
+            if carry is not None:
+                carry()
+        except BaseException:
+            undo()
+            raise
 
     def _refresh(self) -> None:
         if self._shapes != _shapes(self.model):

@@ -1,0 +1,258 @@
+"""Optimizers that train on after a cut: their state is cut as the parameters were.
+
+An optimizer keeps averages for each element of a parameter. Where elements go, theirs go; the
+others stay as they are, with step counts, groups, hyperparameters and marks. The next step then
+moves what is left as it would in the full-size network with the other units held at zero.
+
+A cut also multiplies some rows to make good for a factor that follows the width of attention heads.
+The gradients of rows that are `c` times as large are `1 / c` times as large from then on: their
+averages are divided by `c`, those of their squares by its square. Weights that an optimizer keeps
+(lookahead's slow ones) are changed as the parameters are.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..coupling.labels import Dim
+from ..coupling.surgery import Cut, by_parameter, smaller
+from .plan import Plan
+
+__all__ = ["carry_optimizer"]
+
+# What averages are of, for rows that a cut multiplies; others stay as they are.
+_GRADIENTS = {"grad_avg", "exp_avg", "exp_inf", "momentum_buffer", "prev"}
+_SQUARES = {"sqr_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+_WEIGHTS = {"ax", "slow_weights"}  # averaged SGD, lookahead
+
+_INSIDE = ("opt", "optimizer", "base_optimizer")  # where optimizers keep one that they wrap
+
+Shape = Sequence[int | None]
+_Past = tuple[weakref.ref, Cut]
+_PAST = WeakIdKeyDictionary()  # plan -> the model it was carried out on, and how
+
+
+def carry_optimizer(optimizer: Any, plan: Plan, model: nn.Module | None = None) -> Any:
+    """Cut the state of an optimizer as `plan` cut its parameters, in place; returns it.
+
+    For an optimizer that was not given to `prune_model` itself. State that is carried already
+    stays as it is.
+
+    ```python
+    pruner.prune_model(0.5)
+    carry_optimizer(learn.opt, pruner.plan)
+    ```
+
+    Args:
+        optimizer: fastai's (`learn.opt`), torch's, or one that wraps such.
+        plan: what was cut, `pruner.plan`.
+        model: the network that was cut; not needed for the last plans of pruners in this process.
+
+    Raises:
+        TypeError: not an optimizer, or nobody knows the model.
+        ValueError: state that has neither its parameter's shape nor a single element, or an
+            optimizer of other parameters. Nothing is changed then.
+    """
+    past: _Past | None = _PAST.get(plan)
+    known = past[0]() if past is not None else None
+    if model is None and known is None:
+        raise TypeError(
+            "which parameters this plan has cut is not known (it was copied or read, or its model "
+            "is gone): pass the model, as in carry_optimizer(optimizer, plan, model)"
+        )
+    if past is not None and model in (None, known):
+        how = past[1]
+    else:
+        kept = {Dim(n, d): torch.tensor(i) for n, by in plan.kept.items() for d, i in by.items()}
+        how = Cut(kept)
+    carrying(optimizer, model or known, how, done=True)()
+    return optimizer
+
+
+def remember(plan: Plan, model: nn.Module, how: Cut) -> None:
+    """Note on which model a plan was carried out, as long as there are both."""
+    _PAST[plan] = weakref.ref(model), Cut(how.kept, scales=how.scales, added=how.added)
+
+
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """A tensor in a state that another takes the place of."""
+
+    holder: Any
+    key: Any
+    before: Tensor
+    after: Tensor
+
+
+def carrying(
+    optimizer: Any, model: nn.Module, how: Cut, *, done: bool = False
+) -> Callable[[], None]:
+    """Prepare to carry an optimizer over a cut; the function returned does it, whole or not at all.
+
+    All that may fail fails here, with nothing changed. Gradients are carried, too.
+
+    Args:
+        optimizer: see `carry_optimizer`.
+        model: the network.
+        how: the cut.
+        done: it was carried out already; else it must be, before the function is called.
+    """
+    layers = _layers(optimizer)
+    _refuse_others(layers[-1], model)
+    parameters = dict(model.named_parameters())
+    changes: list[_Change] = []
+    gradients: list[tuple[Tensor, Tensor]] = []
+    for name, (cuts, scales) in by_parameter(how).items():
+        if name not in parameters:  # a buffer, or a parameter of another model
+            continue
+        p, added = parameters[name], how.added.get(name)
+        shape = [None if done and d in cuts else n for d, n in enumerate(p.shape)]
+        reduced = _Reduced(name, shape, added, cuts, scales, type(layers[-1]).__name__)
+        for holder, key, what, value in _held(layers, p):
+            if done and cuts and isinstance(value, Tensor) and value.shape == p.shape:
+                continue
+            after = reduced(what, value)
+            if after is not None:
+                changes.append(_Change(holder, key, value, after))
+        if p.grad is not None and not done:
+            gradients.append((p, reduced("grad_avg", p.grad)))
+    if done and all(c.before.shape == c.after.shape for c in changes):
+        changes = []  # it was carried before
+    return lambda: _commit(changes, gradients)
+
+
+def _commit(changes: Sequence[_Change], gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
+    try:
+        for c in changes:
+            c.holder[c.key] = c.after
+        for p, gradient in gradients:
+            p.grad = gradient
+    except BaseException:  # an interrupt, too; the cut puts gradients back
+        for c in changes:
+            c.holder[c.key] = c.before
+        raise
+
+
+@dataclass(frozen=True, eq=False)
+class _Reduced:
+    """What the tensors of one parameter's state become.
+
+    Args:
+        name: of the parameter.
+        shape: it had before the cut; None where that is not known.
+        added: see `Cut`, as all that follow.
+        cuts: by dimension.
+        scales: by dimension.
+        optimizer: for errors.
+    """
+
+    name: str
+    shape: Shape
+    added: Tensor | None
+    cuts: Mapping[int, Tensor]
+    scales: Mapping[int, Tensor]
+    optimizer: str
+
+    def __call__(self, what: str, value: Any) -> Tensor | None:
+        """A smaller tensor, or None where the value stays."""
+        if not isinstance(value, Tensor):
+            if _holds_tensors(value):
+                raise ValueError(self._refusal(what, f"is a {type(value).__name__} of tensors"))
+            return None
+        if value.ndim == 0 or (value.numel() == 1 and any(n != 1 for n in self.shape)):
+            return None  # a count
+        if not self._fits(value):
+            raise ValueError(self._refusal(what, f"has the shape {tuple(value.shape)}"))
+        if what in _WEIGHTS:
+            return smaller(value, self.added, self.cuts, self.scales)
+        power = 1 if what in _GRADIENTS else 2 if what in _SQUARES else 0
+        scales = {d: s**-power for d, s in self.scales.items()} if power else {}
+        return smaller(value, None, self.cuts, scales)
+
+    def _fits(self, value: Tensor) -> bool:
+        """Whether it has an element for each of the parameter's, along what is cut at least."""
+        if value.ndim != len(self.shape):
+            return False
+        for d, (size, n) in enumerate(zip(value.shape, self.shape, strict=True)):
+            if d not in self.cuts:
+                if size not in (n, 1):
+                    return False
+            elif n is None:
+                if size <= int(self.cuts[d].max()):
+                    return False
+            elif size != n:
+                return False
+        return True
+
+    def _refusal(self, what: str, problem: str) -> str:
+        shape = tuple("?" if n is None else n for n in self.shape)
+        return (
+            f"{self.optimizer} cannot be carried over the cut: its state {what!r} of {self.name} "
+            f"{problem}, the parameter's is {shape}; let it start afresh, as in "
+            f"learn.fit(..., reset_opt=True), or train with one that keeps a value for each weight"
+        )
+
+
+def _layers(optimizer: Any) -> list[Any]:
+    """An optimizer and those it wraps, the innermost last."""
+    found: list[Any] = []
+    inside = optimizer
+    while inside is not None and not any(inside is f for f in found):
+        found.append(inside)
+        own = _own(inside)
+        inside = next((own[name] for name in _INSIDE if own.get(name) is not None), None)
+    if not found or not isinstance(_own(found[-1]).get("state"), Mapping):
+        got = type(optimizer).__name__
+        raise TypeError(f"optimizer must be fastai's (learn.opt) or torch's, got {got}")
+    return found
+
+
+def _own(optimizer: Any) -> Mapping[str, Any]:
+    """Its own attributes: wrappers lend those of what they wrap."""
+    return getattr(optimizer, "__dict__", {})
+
+
+def _groups(optimizer: Any) -> list[list[Tensor]]:
+    if "param_lists" in _own(optimizer):
+        return [list(group) for group in optimizer.param_lists]
+    return [list(group["params"]) for group in optimizer.param_groups]
+
+
+def _refuse_others(optimizer: Any, model: nn.Module) -> None:
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in _groups(optimizer) for p in group):
+        raise ValueError(
+            f"this {type(optimizer).__name__} trains none of the model's parameters, but others "
+            f"(copies in another precision, or another model's): let it start afresh, as in "
+            f"learn.fit(..., reset_opt=True)"
+        )
+
+
+def _held(layers: Sequence[Any], p: Tensor) -> Iterator[tuple[Any, Any, str, Any]]:
+    """What an optimizer and those it wraps hold of a parameter: where, by which key; what; it."""
+    for layer in layers:
+        state = _own(layer).get("state")
+        if isinstance(state, Mapping) and p in state:
+            yield from ((state[p], k, str(k), value) for k, value in list(state[p].items()))
+        slow = _own(layer).get("slow_weights")
+        if slow is None:
+            continue
+        for weights, group in zip(slow, _groups(layers[-1]), strict=True):
+            for i, q in enumerate(group):
+                if q is p:
+                    yield weights, i, "slow_weights", weights[i]
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, Tensor) or (
+        isinstance(value, list | tuple | set) and any(_holds_tensors(v) for v in value)
+    )
