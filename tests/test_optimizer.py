@@ -329,6 +329,27 @@ def test_a_plan_that_is_a_copy_needs_the_model():
     step(model, optimizer, 1)
 
 
+def test_the_plan_of_all_cuts_carries_over_all_of_them():
+    model = make(Residual, torch.float64).train()
+    optimizer = optim.AdamW(model.parameters(), 1e-2)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    average, its = copied(model, optimizer)  # such as another process' copy
+    late, late_optimizer = copied(model, optimizer)
+    pruner = Pruner(model, images(dtype=torch.float64))
+    for share in (0.2, 0.3):
+        pruner.prune_model(share, optimizer=optimizer)
+    plan = type(pruner.plan).from_json(pruner.whole_plan.to_json())
+    plan.apply(average, optimizer=its)
+    plan.apply(late)
+    carry_optimizer(late_optimizer, plan, late)
+    for m, o in ((model, optimizer), (average, its), (late, late_optimizer)):
+        step(m, o, 3)
+    for m in (average, late):
+        pairs = zip(model.parameters(), m.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_no_model_is_kept_alive_by_its_plan():
     model = make(Residual)
     pruner = Pruner(model, images())

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from .analysis import Analysis
 from .labels import PRODUCE, Dim
 
-__all__ = ["Mend", "layer_integers", "mends", "shared_sizes"]
+__all__ = ["Mend", "Size", "agrees", "layer_integers", "mends", "shared_sizes", "sizes_in"]
 
+Size = int | tuple[int, ...]
 Mend = tuple[nn.Module, str, Any]  # a module, an attribute of it, its new value
 
 # Modules around a layer, like attention, remember widths in attributes with such names.
@@ -82,6 +83,15 @@ def shared_sizes(model: nn.Module, analysis: Analysis) -> list[tuple[int, int]]:
     return pairs
 
 
+def sizes_in(module: nn.Module) -> dict[str, Size]:
+    """The integers of a module that follow a cut, and no other of its attributes."""
+    found = {name: value for name, value, _ in _integers(module)}
+    own = vars(module)
+    if isinstance(module, tuple(_LAYERS)):
+        found |= {name: own[name] for name in _BY_OTHER_NAMES if name in own}
+    return {n: tuple(v) if isinstance(v, list | tuple) else v for n, v in found.items()}
+
+
 def _around(parameter: str) -> list[str]:
     """The module of a parameter and those around it."""
     parts = parameter.split(".")[:-1]
@@ -147,6 +157,16 @@ def layer_integers(module: nn.Module) -> dict[str, Any]:
     return known(module) if known else {}
 
 
+def agrees(module: nn.Module) -> bool:
+    """Whether a layer's tensors and integers fit together; True for other modules."""
+    sizes, own = layer_integers(module), vars(module)
+    out = next((sizes[name] for name in _OUT if name in sizes), None)
+    vectors = (getattr(module, name, None) for name in _VECTORS if out is not None)
+    return all(own.get(name, value) == value for name, value in sizes.items()) and all(
+        len(x) == out for x in vectors if isinstance(x, Tensor) and x.ndim == 1
+    )
+
+
 def _conv(conv: Any) -> dict[str, int]:
     """`groups` follows the channels where a group reads or makes one; else it stays."""
     rows, columns = conv.weight.shape[:2]
@@ -195,6 +215,10 @@ def _recurrent(rnn: nn.RNNBase) -> dict[str, int]:
         return {}
     return {"input_size": reads.shape[1], "hidden_size": hidden.shape[1]}
 
+
+_BY_OTHER_NAMES = ("groups", "num_groups", "normalized_shape", "num_parameters")
+_OUT = ("out_channels", "out_features", "num_features", "num_channels")
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 _LAYERS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     nn.modules.conv._ConvNd: _conv,

@@ -15,15 +15,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..coupling.labels import Dim
-from ..coupling.surgery import Cut, by_parameter, smaller
-from .plan import Plan
+from ..core.names import tensors_by_name, unwrapped
+from ..coupling.surgery import Step, smaller
+from .runs import from_runs
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 __all__ = ["carry_optimizer"]
 
@@ -34,16 +37,14 @@ _WEIGHTS = {"ax", "slow_weights"}  # averaged SGD, lookahead
 
 _INSIDE = ("opt", "optimizer", "base_optimizer")  # where optimizers keep one that they wrap
 
-Shape = Sequence[int | None]
-_Past = tuple[weakref.ref, Cut]
-_PAST = WeakIdKeyDictionary()  # plan -> the model it was carried out on, and how
+_MODELS = WeakIdKeyDictionary()  # the plans of pruners -> the models they were carried out on
 
 
 def carry_optimizer(optimizer: Any, plan: Plan, model: nn.Module | None = None) -> Any:
     """Cut the state of an optimizer as `plan` cut its parameters, in place; returns it.
 
-    For an optimizer that was not given to `prune_model` itself. State that is carried already
-    stays as it is.
+    For an optimizer that was not given to `prune_model` itself. What is carried already stays as
+    it is.
 
     ```python
     pruner.prune_model(0.5)
@@ -52,33 +53,29 @@ def carry_optimizer(optimizer: Any, plan: Plan, model: nn.Module | None = None) 
 
     Args:
         optimizer: fastai's (`learn.opt`), torch's, or one that wraps such.
-        plan: what was cut, `pruner.plan`.
-        model: the network that was cut; not needed for the last plans of pruners in this process.
+        plan: what was cut.
+        model: the network that was cut; not needed for `pruner.plan`.
 
     Raises:
         TypeError: not an optimizer, or nobody knows the model.
-        ValueError: state that has neither its parameter's shape nor a single element, or an
-            optimizer of other parameters. Nothing is changed then.
+        ValueError: an optimizer of other parameters, or state that has neither the shape that its
+            parameter had nor a single element. Nothing is changed then.
     """
-    past: _Past | None = _PAST.get(plan)
-    known = past[0]() if past is not None else None
-    if model is None and known is None:
+    if model is None:
+        known = _MODELS.get(plan)
+        model = known() if known is not None else None
+    if model is None:
         raise TypeError(
-            "which parameters this plan has cut is not known (it was copied or read, or its model "
-            "is gone): pass the model, as in carry_optimizer(optimizer, plan, model)"
+            "which model this plan has cut is not known (the plan was copied, read or joined, or "
+            "its model is gone): pass it, as in carry_optimizer(optimizer, plan, model)"
         )
-    if past is not None and model in (None, known):
-        how = past[1]
-    else:
-        kept = {Dim(n, d): torch.tensor(i) for n, by in plan.kept.items() for d, i in by.items()}
-        how = Cut(kept)
-    carrying(optimizer, model or known, how, done=True)()
+    carrying(optimizer, plan, model, done=True)()
     return optimizer
 
 
-def remember(plan: Plan, model: nn.Module, how: Cut) -> None:
+def remember(plan: Plan, model: nn.Module) -> None:
     """Note on which model a plan was carried out, as long as there are both."""
-    _PAST[plan] = weakref.ref(model), Cut(how.kept, scales=how.scales, added=how.added)
+    _MODELS[plan] = weakref.ref(model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,31 +89,31 @@ class _Change:
 
 
 def carrying(
-    optimizer: Any, model: nn.Module, how: Cut, *, done: bool = False
+    optimizer: Any, plan: Plan, model: nn.Module, *, done: bool = False
 ) -> Callable[[], None]:
     """Prepare to carry an optimizer over a cut; the function returned does it, whole or not at all.
 
-    All that may fail fails here, with nothing changed. Gradients are carried, too.
+    All that may fail fails here, with nothing changed.
 
     Args:
         optimizer: see `carry_optimizer`.
+        plan: the cut.
         model: the network.
-        how: the cut.
-        done: it was carried out already; else it must be, before the function is called.
+        done: it was cut already. Else it must be, before the function is called, and gradients are
+            carried, too.
     """
     layers = _layers(optimizer)
     _refuse_others(layers[-1], model)
-    parameters = dict(model.named_parameters())
+    tensors = tensors_by_name(unwrapped(model))
     changes: list[_Change] = []
     gradients: list[tuple[Tensor, Tensor]] = []
-    for name, (cuts, scales) in by_parameter(how).items():
-        if name not in parameters:  # a buffer, or a parameter of another model
+    for name in plan.shapes:
+        p = tensors.get(name)
+        if not isinstance(p, nn.Parameter):
             continue
-        p, added = parameters[name], how.added.get(name)
-        shape = [None if done and d in cuts else n for d, n in enumerate(p.shape)]
-        reduced = _Reduced(name, shape, added, cuts, scales, type(layers[-1]).__name__)
+        reduced = _Reduced.by(plan, name, type(layers[-1]).__name__)
         for holder, key, what, value in _held(layers, p):
-            if done and cuts and isinstance(value, Tensor) and value.shape == p.shape:
+            if done and reduced.cuts and isinstance(value, Tensor) and value.shape == p.shape:
                 continue
             after = reduced(what, value)
             if after is not None:
@@ -134,7 +131,7 @@ def _commit(changes: Sequence[_Change], gradients: Sequence[tuple[Tensor, Tensor
             c.holder[c.key] = c.after
         for p, gradient in gradients:
             p.grad = gradient
-    except BaseException:  # an interrupt, too; the cut puts gradients back
+    except BaseException:  # an interrupt, too; undoing the cut puts gradients back
         for c in changes:
             c.holder[c.key] = c.before
         raise
@@ -146,19 +143,26 @@ class _Reduced:
 
     Args:
         name: of the parameter.
-        shape: it had before the cut; None where that is not known.
-        added: see `Cut`, as all that follow.
-        cuts: by dimension.
-        scales: by dimension.
+        shape: it had before the cut.
+        cuts: the positions that stay, by dimension.
+        steps: what was done to the parameter itself.
         optimizer: for errors.
     """
 
     name: str
-    shape: Shape
-    added: Tensor | None
+    shape: tuple[int, ...]
     cuts: Mapping[int, Tensor]
-    scales: Mapping[int, Tensor]
+    steps: Sequence[Step]
     optimizer: str
+
+    @classmethod
+    def by(cls, plan: Plan, name: str, optimizer: str) -> _Reduced:
+        """As a plan says."""
+        left = plan.shape_after(name)
+        adjusted = plan.adjusted.get(name, ())
+        steps = [Step(from_runs(a.runs, left, a.factor), a.factor) for a in adjusted]
+        cuts = {d: torch.tensor(index) for d, index in plan.kept.get(name, {}).items()}
+        return cls(name, plan.shapes[name], cuts, steps, optimizer)
 
     def __call__(self, what: str, value: Any) -> Tensor | None:
         """A smaller tensor, or None where the value stays."""
@@ -171,31 +175,22 @@ class _Reduced:
         if not self._fits(value):
             raise ValueError(self._refusal(what, f"has the shape {tuple(value.shape)}"))
         if what in _WEIGHTS:
-            return smaller(value, self.added, self.cuts, self.scales)
+            return smaller(value, self.cuts, self.steps)
         power = 1 if what in _GRADIENTS else 2 if what in _SQUARES else 0
-        scales = {d: s**-power for d, s in self.scales.items()} if power else {}
-        return smaller(value, None, self.cuts, scales)
+        steps = [Step(s.value**-power, True) for s in self.steps if s.factor and power]
+        return smaller(value, self.cuts, steps)
 
     def _fits(self, value: Tensor) -> bool:
         """Whether it has an element for each of the parameter's, along what is cut at least."""
         if value.ndim != len(self.shape):
             return False
-        for d, (size, n) in enumerate(zip(value.shape, self.shape, strict=True)):
-            if d not in self.cuts:
-                if size not in (n, 1):
-                    return False
-            elif n is None:
-                if size <= int(self.cuts[d].max()):
-                    return False
-            elif size != n:
-                return False
-        return True
+        sizes = enumerate(zip(value.shape, self.shape, strict=True))
+        return all(size == n or (size == 1 and d not in self.cuts) for d, (size, n) in sizes)
 
     def _refusal(self, what: str, problem: str) -> str:
-        shape = tuple("?" if n is None else n for n in self.shape)
         return (
             f"{self.optimizer} cannot be carried over the cut: its state {what!r} of {self.name} "
-            f"{problem}, the parameter's is {shape}; let it start afresh, as in "
+            f"{problem}, the parameter's was {self.shape}; let it start afresh, as in "
             f"learn.fit(..., reset_opt=True), or train with one that keeps a value for each weight"
         )
 

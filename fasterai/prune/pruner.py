@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import pandas as pd
@@ -16,13 +17,11 @@ from ..core.masks import Limits, as_fraction
 from ..core.names import LayerChoice, pick
 from ..coupling.couple import couple
 from ..coupling.labels import Dim, dims_of
-from ..coupling.probe import Removal
-from ..coupling.surgery import Cut, cut
 from ..measure.profile import counted, layer_costs, macs
 from .check import Differences, observe
 from .constants import Constants
 from .explain import axes_table, draw_axes
-from .optimizer import carrying, remember
+from .optimizer import remember
 from .plan import Plan, make_plan
 from .select import Stay, ranked_units, zero_units
 from .trial import Trial
@@ -32,13 +31,12 @@ __all__ = ["Pruner"]
 
 @dataclass(frozen=True)
 class _Decision:
-    """Units to remove, why others stay, whether any was to go, and how the trial of it went."""
+    """What is removed, why other units stay, whether any was to go, and how the trial went."""
 
-    remove: Removal
+    plan: Plan
     stay: list[Stay]
     wanted: bool
     apart: Differences | None
-    cut: Cut
 
 
 class Pruner:
@@ -59,7 +57,6 @@ class Pruner:
         ValueError: an unknown layer name, or inputs the model cannot run on.
 
     Attributes:
-        plan: what the last `prune_model` cut.
         max_abs_diff, max_rel_diff: the largest difference of the outputs it caused, absolute and
             relative to the largest output, on the example and on random inputs.
     """
@@ -77,7 +74,7 @@ class Pruner:
         self._whole_heads = whole_heads
         self._excluded = pick(model, exclude, "exclude")
         self.inputs, counts = counted(model, example_inputs)
-        self.plan: Plan | None = None
+        self._plans: list[Plan] = []
         self.max_abs_diff: float | None = None
         self.max_rel_diff: float | None = None
         self._stay: list[Stay] = []
@@ -118,15 +115,14 @@ class Pruner:
         """
         limits = Limits(min_keep, round_to)
         decision = self._decide(sparsity, context, criteria, limits, verify)
-        plan = make_plan(self.model, self._coupling, self._axes, decision.remove)
-        self._cut(decision.cut, optimizer)
-        remember(plan, self.model, decision.cut)
-        self.plan, self._stay = plan, decision.stay
+        plan = decision.plan
+        plan.apply(self.model, optimizer=optimizer)
+        remember(plan, self.model)
+        self._plans.append(plan)
+        self._stay = decision.stay
         apart = decision.apart if plan.removed else Differences(0.0, 0.0, True)
         self.max_abs_diff = apart.absolute if apart else None
         self.max_rel_diff = apart.relative if apart else None
-        if plan.removed and optimizer is None:
-            self.model.zero_grad(set_to_none=True)
         if not plan.removed:
             why = self._why_nothing(sparsity is None, decision.wanted)
             warnings.warn(f"nothing was removed: {why}", stacklevel=2)
@@ -144,8 +140,17 @@ class Pruner:
     ) -> Plan:
         """What `prune_model` with the same arguments would do; the model stays as it is."""
         limits = Limits(min_keep, round_to)
-        decision = self._decide(sparsity, context, criteria, limits, verify)
-        return make_plan(self.model, self._coupling, self._axes, decision.remove)
+        return self._decide(sparsity, context, criteria, limits, verify).plan
+
+    @property
+    def plan(self) -> Plan | None:
+        """What the last `prune_model` cut."""
+        return self._plans[-1] if self._plans else None
+
+    @property
+    def whole_plan(self) -> Plan | None:
+        """All that was cut since the pruner was made, as one plan: `save_pruned` takes it."""
+        return reduce(Plan.then, self._plans) if self._plans else None
 
     def report(self) -> pd.DataFrame:
         """Widths, parameters and MACs (one sample) of each layer, before and after; last 'total'.
@@ -199,17 +204,6 @@ class Pruner:
         ]
         self._shapes = _shapes(self.model)
 
-    def _cut(self, how: Cut, optimizer: Any) -> None:
-        """Both are cut, or neither is."""
-        carry = None if optimizer is None else carrying(optimizer, self.model, how)
-        undo = cut(self.model, how)
-        try:
-            if carry is not None:
-                carry()
-        except BaseException:
-            undo()
-            raise
-
     def _refresh(self) -> None:
         if self._shapes != _shapes(self.model):
             self._couple()  # it was cut meanwhile
@@ -241,7 +235,9 @@ class Pruner:
             units = wanted[a].nonzero().flatten().tolist()
             stay.extend((self._axes[a].name, u, reason) for u in units)
         asked = any(bool(u.any()) for u in wanted.values())
-        return _Decision(remove, stay, asked, trial.apart, trial.plan)
+        before = sum(plan.removed > 0 for plan in self._plans)
+        plan = make_plan(self.model, self._axes, remove, trial.plan, before)
+        return _Decision(plan, stay, asked, trial.apart)
 
     def _why_nothing(self, exact: bool, wanted: bool) -> str:
         if not exact and not wanted and any(len(a.free) for a in self._axes):

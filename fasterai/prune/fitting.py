@@ -1,0 +1,90 @@
+"""Where a plan meets a network: does it fit, and what is to be done to which object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..core.names import modules_by_name, tensors_by_name
+from ..coupling.labels import Dim
+from ..coupling.mending import sizes_in
+from ..coupling.norms import from_values
+from ..coupling.surgery import Cut, Step
+from .runs import from_runs
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+__all__ = ["cut_for"]
+
+
+def cut_for(plan: Plan, network: nn.Module, *, constants: bool = True) -> Cut:
+    """How to carry out a plan on a network.
+
+    Raises:
+        ValueError: the network is another one, or was cut already.
+    """
+    problem = next(_unfit(plan, network), None)
+    if problem is not None:
+        raise ValueError(
+            f"the plan does not fit the model: {problem}. A plan fits models that are built like "
+            f"the one it was made for, before they are cut"
+        )
+    raw = {id(x): n for n, x in [*network.named_parameters(), *network.named_buffers()]}
+    names = {name: raw[id(tensor)] for name, tensor in tensors_by_name(network).items()}
+    kept = {
+        Dim(names[name], d): torch.tensor(index)
+        for name, cuts in plan.kept.items()
+        for d, index in cuts.items()
+    }
+    steps = {
+        names[name]: [
+            Step(from_runs(a.runs, plan.shape_after(name), a.factor), a.factor)
+            for a in adjusted
+            if a.factor or constants
+        ]
+        for name, adjusted in plan.adjusted.items()
+    }
+    attributes: dict[nn.Module, dict[str, Any]] = {}
+    modules = modules_by_name(network)
+    for name, integers in plan.integers.items():
+        own = attributes.setdefault(modules[name], {})
+        for attribute, (_, after) in integers.items():
+            several = isinstance(after, tuple)
+            own[attribute] = type(vars(modules[name])[attribute])(after) if several else after
+    for name, values in plan.norms.items():
+        attributes.setdefault(modules[name], {}).update(from_values(modules[name], values))
+    return Cut(kept, (), steps, attributes)
+
+
+def _unfit(plan: Plan, network: nn.Module) -> Iterator[str]:
+    """What keeps a plan from fitting a network."""
+    tensors, modules = tensors_by_name(network), modules_by_name(network)
+    for name, shape in plan.shapes.items():
+        if name not in tensors:
+            yield f"it cuts {name!r}, which the model does not have"
+        elif tuple(tensors[name].shape) != shape:
+            was = "it was cut already" if _fits_in(tensors[name].shape, shape) else "it differs"
+            yield f"{name!r} should be {shape}, it is {tuple(tensors[name].shape)} ({was})"
+    for name in {**plan.integers, **plan.norms}:
+        if name not in modules:
+            yield f"it changes {name!r}, which the model does not have"
+    for name, integers in plan.integers.items():
+        known = sizes_in(modules[name])
+        for attribute, (before, _) in integers.items():
+            if attribute not in known:
+                yield f"{name!r} has no size {attribute!r}"
+            elif known[attribute] != before:
+                yield f"{name}.{attribute} should be {before}, it is {known[attribute]}"
+    for name, values in plan.norms.items():
+        try:
+            from_values(modules[name], values)
+        except ValueError as error:
+            yield f"{name!r} cannot remember its width: {error}"
+
+
+def _fits_in(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    return len(shape) == len(whole) and all(a <= b for a, b in zip(shape, whole, strict=True))
