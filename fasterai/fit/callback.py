@@ -286,7 +286,8 @@ class ScheduledCallback(FitCallback):
         if unlike:
             return (
                 f"its best model was saved before a cut and has other shapes ({unlike}); the model "
-                f"is as the last step left it. With hold_trackers=True only what is cut is judged"
+                f"is as the last step left it. With hold_trackers=True epochs before the last cut "
+                f"are not judged"
             )
         return ""
 
