@@ -176,7 +176,9 @@ def broken(error: Exception) -> str:
 
 def left_alone(coupling: Coupling, kept: Mapping[Dim, Tensor]) -> list[int]:
     """Classes that are left alone along a dimension: a single channel, or head, is no label."""
-    left = (coupling.analysis.own(dim)[index.numpy()] for dim, index in kept.items())
+    own, sizes = coupling.analysis.own, coupling.analysis.sizes
+    left = [own(dim)[index.numpy()] for dim, index in kept.items()]
+    left += [own(dim) for dim, size in sizes.items() if size == 1 and dim not in kept]
     return [int(classes[0]) for classes in left if len(classes) and (classes == classes[0]).all()]
 
 

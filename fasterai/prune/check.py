@@ -71,7 +71,7 @@ def observe(
         kept: the positions that stayed, of a network that was cut.
         silent: (labels,) bool, classes that no layer shall hear.
     """
-    labels = coupling.labels(model, kept or {})
+    labels = coupling.labels(kept or {})
     alive = None if silent is None else torch.from_numpy(np.append(~silent, True))
     random = inputs.random_like()
     together = [inputs.beside(random)] if inputs.samples else [inputs, random]

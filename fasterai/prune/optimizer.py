@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.names import tensors_by_name, unwrapped
 from ..coupling.surgery import Step, smaller
-from .runs import from_runs
+from .fitting import cuts_of, steps_of
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -102,8 +101,7 @@ def carrying(
         done: it was cut already. Else it must be, before the function is called, and gradients are
             carried, too.
     """
-    layers = _layers(optimizer)
-    _refuse_others(layers[-1], model)
+    layers = check_optimizer(optimizer, model)
     tensors = tensors_by_name(unwrapped(model))
     changes: list[_Change] = []
     gradients: list[tuple[Tensor, Tensor]] = []
@@ -158,11 +156,7 @@ class _Reduced:
     @classmethod
     def by(cls, plan: Plan, name: str, optimizer: str) -> _Reduced:
         """As a plan says."""
-        left = plan.shape_after(name)
-        adjusted = plan.adjusted.get(name, ())
-        steps = [Step(from_runs(a.runs, left, a.factor), a.factor) for a in adjusted]
-        cuts = {d: torch.tensor(index) for d, index in plan.kept.get(name, {}).items()}
-        return cls(name, plan.shapes[name], cuts, steps, optimizer)
+        return cls(name, plan.shapes[name], cuts_of(plan, name), steps_of(plan, name), optimizer)
 
     def __call__(self, what: str, value: Any) -> Tensor | None:
         """A smaller tensor, or None where the value stays."""
@@ -195,8 +189,25 @@ class _Reduced:
         )
 
 
+def check_optimizer(optimizer: Any, model: nn.Module) -> list[Any]:
+    """An optimizer of the model, and those it wraps, the innermost last.
+
+    Raises:
+        TypeError: not an optimizer.
+        ValueError: one of other parameters.
+    """
+    layers = _layers(optimizer)
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in _groups(layers[-1]) for p in group):
+        raise ValueError(
+            f"this {type(layers[-1]).__name__} trains none of the model's parameters, but others "
+            f"(copies in another precision, or another model's): let it start afresh, as in "
+            f"learn.fit(..., reset_opt=True)"
+        )
+    return layers
+
+
 def _layers(optimizer: Any) -> list[Any]:
-    """An optimizer and those it wraps, the innermost last."""
     found: list[Any] = []
     inside = optimizer
     while inside is not None and not any(inside is f for f in found):
@@ -218,16 +229,6 @@ def _groups(optimizer: Any) -> list[list[Tensor]]:
     if "param_lists" in _own(optimizer):
         return [list(group) for group in optimizer.param_lists]
     return [list(group["params"]) for group in optimizer.param_groups]
-
-
-def _refuse_others(optimizer: Any, model: nn.Module) -> None:
-    own = {id(p) for p in model.parameters()}
-    if not any(id(p) in own for group in _groups(optimizer) for p in group):
-        raise ValueError(
-            f"this {type(optimizer).__name__} trains none of the model's parameters, but others "
-            f"(copies in another precision, or another model's): let it start afresh, as in "
-            f"learn.fit(..., reset_opt=True)"
-        )
 
 
 def _held(layers: Sequence[Any], p: Tensor) -> Iterator[tuple[Any, Any, str, Any]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -13,30 +12,22 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.former import explain_former
-from ..core.masks import Limits, as_fraction
+from ..core.masks import Limits, as_context, as_fraction
 from ..core.names import LayerChoice, pick
 from ..coupling.couple import couple
 from ..coupling.labels import Dim, dims_of
+from ..coupling.probe import Removal
+from ..coupling.units import Axis
 from ..measure.profile import counted, layer_costs, macs
 from .check import Differences, observe
 from .constants import Constants
 from .explain import axes_table, draw_axes
 from .optimizer import remember
 from .plan import Plan, make_plan
-from .select import Stay, ranked_units, zero_units
-from .trial import Trial
+from .select import Stay, ranked_units, shares, zero_units
+from .trial import Decision, Trial
 
 __all__ = ["Pruner"]
-
-
-@dataclass(frozen=True)
-class _Decision:
-    """What is removed, why other units stay, whether any was to go, and how the trial went."""
-
-    plan: Plan
-    stay: list[Stay]
-    wanted: bool
-    apart: Differences | None
 
 
 class Pruner:
@@ -115,14 +106,7 @@ class Pruner:
         """
         limits = Limits(min_keep, round_to)
         decision = self._decide(sparsity, context, criteria, limits, verify)
-        plan = decision.plan
-        plan.apply(self.model, optimizer=optimizer)
-        remember(plan, self.model)
-        self._plans.append(plan)
-        self._stay = decision.stay
-        apart = decision.apart if plan.removed else Differences(0.0, 0.0, True)
-        self.max_abs_diff = apart.absolute if apart else None
-        self.max_rel_diff = apart.relative if apart else None
+        plan = self._carry_out(decision, optimizer)
         if not plan.removed:
             why = self._why_nothing(sparsity is None, decision.wanted)
             warnings.warn(f"nothing was removed: {why}", stacklevel=2)
@@ -202,42 +186,63 @@ class Pruner:
             axis.pinned("excluded") if self._excluded & set(axis.producers) else axis
             for axis in self._coupling.axes
         ]
-        self._shapes = _shapes(self.model)
+        self._shapes = shapes(self.model)
 
     def _refresh(self) -> None:
-        if self._shapes != _shapes(self.model):
+        if self._shapes != shapes(self.model):
             self._couple()  # it was cut meanwhile
 
     def _decide(
         self, sparsity: Any, context: str, criteria: Any, limits: Limits, verify: bool
-    ) -> _Decision:
+    ) -> Decision:
         """Choose, try and take back; the model is as before when this returns."""
-        if context not in ("local", "global"):
-            raise ValueError(f"context must be 'local' or 'global', got {context!r}")
+        as_context(context)
         if isinstance(sparsity, Mapping):
             raise TypeError(
                 "prune_model takes one sparsity for all layers; for one each, zero filters with "
                 "Sparsifier(model, 'filter').sparsify_model({...}), then call prune_model()"
             )
-        criterion, exact = as_criterion(criteria), sparsity is None
-        share = 0.0 if exact else as_fraction(sparsity)
+        criterion = as_criterion(criteria)
+        share = None if sparsity is None else as_fraction(sparsity)
         self._refresh()
-        where = self.model, self.inputs, self._coupling, self._axes
-        constants = None
-        if exact:
-            constants = Constants(self.model, observe(*where[:3]).runs)
-            wanted, stay = zero_units(self.model, constants, self._axes, limits)
-        else:
-            wanted, stay = ranked_units(self.model, self._axes, share, context, criterion, limits)
+        if share is None:
+            constants = Constants(self.model, observe(self.model, self.inputs, self._coupling).runs)
+            chosen = zero_units(self.model, constants, self._axes, limits)
+            return self._tried(self._axes, *chosen, constants, verify)
+        counts = shares(self._axes, share, context)
+        chosen = ranked_units(self.model, self._axes, counts, criterion, limits)
+        return self._tried(self._axes, *chosen, None, verify)
+
+    def _tried(
+        self,
+        axes: Sequence[Axis],
+        wanted: Removal,
+        stay: list[Stay],
+        constants: Constants | None,
+        verify: bool,
+    ) -> Decision:
+        """What of the units that are wanted can go."""
+        where = self.model, self.inputs, self._coupling, axes
         trial = Trial(*where, constants=constants, verify=verify)
         remove = trial.settle({a: units for a, units in wanted.items() if units.any()})
         for a, reason in trial.failed.items():
             units = wanted[a].nonzero().flatten().tolist()
-            stay.extend((self._axes[a].name, u, reason) for u in units)
+            stay.extend((axes[a].name, u, reason) for u in units)
         asked = any(bool(u.any()) for u in wanted.values())
         before = sum(plan.removed > 0 for plan in self._plans)
-        plan = make_plan(self.model, self._axes, remove, trial.plan, before)
-        return _Decision(plan, stay, asked, trial.apart)
+        plan = make_plan(self.model, axes, remove, trial.plan, before)
+        return Decision(plan, stay, asked, trial.apart)
+
+    def _carry_out(self, decision: Decision, optimizer: Any) -> Plan:
+        plan = decision.plan
+        plan.apply(self.model, optimizer=optimizer)
+        remember(plan, self.model)
+        self._plans.append(plan)
+        self._stay = decision.stay
+        apart = decision.apart if plan.removed else Differences(0.0, 0.0, True)
+        self.max_abs_diff = apart.absolute if apart else None
+        self.max_rel_diff = apart.relative if apart else None
+        return plan
 
     def _why_nothing(self, exact: bool, wanted: bool) -> str:
         if not exact and not wanted and any(len(a.free) for a in self._axes):
@@ -254,5 +259,6 @@ class Pruner:
         )
 
 
-def _shapes(model: nn.Module) -> dict[Dim, int]:
+def shapes(model: nn.Module) -> dict[Dim, int]:
+    """The size of each dimension of more than one position."""
     return {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()}
