@@ -289,8 +289,8 @@ def _shrinking(network: nn.Module, content: _Content, targets: Mapping[str, Tens
 
 def _other_shape(name: str, got: Sequence[int], expected: Sequence[int]) -> str:
     return (
-        f"it holds {name!r} of shape {got}, {expected} was expected: the model is another one, or "
-        f"was pruned already; build it anew"
+        f"it holds {name!r} of shape {got}, for the model {expected} was expected: it is built "
+        f"otherwise, or was pruned already"
     )
 
 

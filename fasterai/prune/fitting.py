@@ -30,8 +30,8 @@ def cut_for(plan: Plan, network: nn.Module, *, constants: bool = True) -> Cut:
     problem = next(_unfit(plan, network), None)
     if problem is not None:
         raise ValueError(
-            f"the plan does not fit the model: {problem}. A plan fits models that are built like "
-            f"the one it was made for, before they are cut"
+            f"the plan does not fit the model: {problem}. It fits models that are built like the "
+            f"one it was made for, and not pruned yet"
         )
     raw = {id(x): n for n, x in [*network.named_parameters(), *network.named_buffers()]}
     names = {name: raw[id(tensor)] for name, tensor in tensors_by_name(network).items()}
@@ -92,8 +92,7 @@ def _unfit(plan: Plan, network: nn.Module) -> Iterator[str]:
         if name not in tensors:
             yield f"it cuts {name!r}, which the model does not have"
         elif tuple(tensors[name].shape) != shape:
-            was = "it was cut already" if fits_in(tensors[name].shape, shape) else "it differs"
-            yield f"{name!r} should be {shape}, it is {tuple(tensors[name].shape)} ({was})"
+            yield f"{name!r} should be {shape}, it is {tuple(tensors[name].shape)}"
     for name in {**plan.integers, **plan.norms}:
         if name not in modules:
             yield f"it changes {name!r}, which the model does not have"
