@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -133,7 +134,8 @@ def _read(file: _Path) -> _Content:
             if "fasterai" not in about:
                 raise ValueError("save_pruned did not write it")
             if about["fasterai"] != _FORMAT:
-                raise ValueError(f"its format is {about['fasterai']!r}, this fasterai reads '1'")
+                got = short(about["fasterai"])
+                raise ValueError(f"its format is {got}, this fasterai reads {_FORMAT!r}")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         if about.get("digest") != _digest(tensors, about):
             raise ValueError("what is in it has changed since it was written")
@@ -266,7 +268,7 @@ def _targets(network: nn.Module, content: _Content) -> dict[str, Tensor]:
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more
+    return ", ".join(map(short, names[:3])) + more
 
 
 def _shrinking(network: nn.Module, content: _Content, targets: Mapping[str, Tensor]) -> Cut:
