@@ -93,7 +93,10 @@ def modules_by_name(network: nn.Module) -> dict[str, nn.Module]:
 
 def first_names(named: Mapping[str, Any]) -> dict[int, str]:
     """For each object, by its id, the first of its names."""
-    return {id(x): name for name, x in reversed(named.items())}
+    found: dict[int, str] = {}
+    for name, x in named.items():
+        found.setdefault(id(x), name)
+    return found
 
 
 def plain(name: str) -> str:

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from .labels import Dim
 
-__all__ = ["NarrowGroupNorm", "NarrowLayerNorm", "as_values", "from_values", "narrowed"]
+__all__ = [
+    "NarrowGroupNorm",
+    "NarrowLayerNorm",
+    "as_values",
+    "by_root_mean_square",
+    "from_values",
+    "narrowed",
+]
 
 
 class NarrowLayerNorm(nn.LayerNorm):
@@ -107,7 +114,7 @@ def narrowed(
             if not isinstance(module, NarrowGroupNorm):
                 width = before // module.num_groups
                 attributes[module] = {"__class__": NarrowGroupNorm, "width": width}
-        elif eps is not None and _by_root_mean_square(module):
+        elif eps is not None and by_root_mean_square(module):
             value = getattr(module, eps)
             value = torch.finfo(module.weight.dtype).eps if value is None else value
             attributes[module] = {eps: float(value) * before / after}
@@ -160,7 +167,7 @@ def _group_width(norm: nn.Module, kind: type[nn.Module]) -> int:
 
 def _eps_from(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
     eps = next((e for e in ("eps", "variance_epsilon") if hasattr(module, e)), None)
-    if eps is None or not _by_root_mean_square(module) or set(values) != {eps}:
+    if eps is None or not by_root_mean_square(module) or set(values) != {eps}:
         raise ValueError(f"an RMS norm with {next(iter(values), 'eps')!r} was expected")
     value = values[eps]
     if type(value) is not float or not 0 < value < math.inf:
@@ -168,7 +175,8 @@ def _eps_from(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
     return {eps: value}
 
 
-def _by_root_mean_square(module: nn.Module) -> bool:
+def by_root_mean_square(module: nn.Module) -> bool:
+    """Whether a module is an RMS norm, of whichever library."""
     return "rms" in type(module).__name__.lower() or hasattr(module, "variance_epsilon")
 
 

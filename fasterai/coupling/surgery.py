@@ -74,7 +74,8 @@ def cut(
         if name not in data:
             left[name] = smaller(tensors[name], kept.get(name, {}), plan.steps.get(name, ()))
     changed = {id(tensors[n]) for n, x in left.items() if x.shape != tensors[n].shape}
-    whole = [m for m in _owners(model, changed) if agrees(m)]
+    concerned = dict.fromkeys((*_owners(model, changed), *plan.attributes))
+    whole = [m for m in concerned if agrees(m)]
     undo: list[Callable[[], None]] = []
 
     def put_back() -> None:

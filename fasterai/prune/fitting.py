@@ -18,7 +18,7 @@ from .runs import from_runs
 if TYPE_CHECKING:
     from .plan import Plan
 
-__all__ = ["cut_for", "cuts_of", "steps_of"]
+__all__ = ["cut_for", "cuts_of", "fits_in", "must_lead_to", "steps_of"]
 
 
 def cut_for(plan: Plan, network: nn.Module, *, constants: bool = True) -> Cut:
@@ -30,8 +30,8 @@ def cut_for(plan: Plan, network: nn.Module, *, constants: bool = True) -> Cut:
     problem = next(_unfit(plan, network), None)
     if problem is not None:
         raise ValueError(
-            f"the plan does not fit the model: {problem}. A plan fits models that are built like "
-            f"the one it was made for, before they are cut"
+            f"the plan does not fit the model: {problem}. It fits models that are built like the "
+            f"one it was made for, and not pruned yet"
         )
     raw = {id(x): n for n, x in [*network.named_parameters(), *network.named_buffers()]}
     names = {name: raw[id(tensor)] for name, tensor in tensors_by_name(network).items()}
@@ -65,6 +65,31 @@ def steps_of(plan: Plan, name: str) -> list[Step]:
     return [Step(from_runs(a.runs, plan.shape_after(name), a.factor), a.factor) for a in adjusted]
 
 
+def must_lead_to(plan: Plan, network: nn.Module) -> None:
+    """Check that a network is one that a plan leads to.
+
+    Raises:
+        ValueError: shapes or integers are others.
+    """
+    tensors, modules = tensors_by_name(network), modules_by_name(network)
+    for name in plan.shapes:
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shape != plan.shape_after(name):
+            raise ValueError(
+                f"the plan leaves {name!r} with the shape {plan.shape_after(name)}, the model has "
+                f"{shape or 'none of that name'}: pass the plan of all cuts since the model was "
+                f"dense, as in pruner.whole_plan"
+            )
+    for name, integers in plan.integers.items():
+        known = sizes_in(modules[name]) if name in modules else {}
+        for attribute, (_, after) in integers.items():
+            if known.get(attribute) != after:
+                raise ValueError(
+                    f"the plan leaves {name}.{attribute} at {after}, the model has "
+                    f"{known.get(attribute)}: pass the plan that cut it"
+                )
+
+
 def _unfit(plan: Plan, network: nn.Module) -> Iterator[str]:
     """What keeps a plan from fitting a network."""
     tensors, modules = tensors_by_name(network), modules_by_name(network)
@@ -72,8 +97,7 @@ def _unfit(plan: Plan, network: nn.Module) -> Iterator[str]:
         if name not in tensors:
             yield f"it cuts {name!r}, which the model does not have"
         elif tuple(tensors[name].shape) != shape:
-            was = "it was cut already" if _fits_in(tensors[name].shape, shape) else "it differs"
-            yield f"{name!r} should be {shape}, it is {tuple(tensors[name].shape)} ({was})"
+            yield f"{name!r} should be {shape}, it is {tuple(tensors[name].shape)}"
     for name in {**plan.integers, **plan.norms}:
         if name not in modules:
             yield f"it changes {name!r}, which the model does not have"
@@ -91,5 +115,8 @@ def _unfit(plan: Plan, network: nn.Module) -> Iterator[str]:
             yield f"{name!r} cannot remember its width: {error}"
 
 
-def _fits_in(shape: Sequence[int], whole: Sequence[int]) -> bool:
-    return len(shape) == len(whole) and all(a <= b for a, b in zip(shape, whole, strict=True))
+def fits_in(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether a shape is another one, or smaller."""
+    return len(shape) == len(whole) and all(
+        min(b, 1) <= a <= b for a, b in zip(shape, whole, strict=True)
+    )

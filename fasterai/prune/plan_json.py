@@ -13,6 +13,8 @@ import numpy as np
 __all__ = ["decode", "encode", "parse"]
 
 _VERSION = 1
+_LONGEST = 2**25  # characters; plans of large language models stay under a tenth of it
+_MOST = 2**22  # positions in all lines
 _PARTS = {
     "adjusted",
     "axes",
@@ -70,6 +72,8 @@ def parse(text: str) -> Any:
     """
     if not isinstance(text, str):
         raise TypeError(f"JSON is text, got {type(text).__name__}")
+    if len(text) > _LONGEST:
+        raise ValueError(f"no JSON of ours is longer than {_LONGEST:,} characters")
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
     except RecursionError:
@@ -138,6 +142,7 @@ def _tensors(
     shapes: dict[str, tuple[int, ...]] = {}
     kept: dict[str, dict[int, tuple[int, ...]]] = {}
     known: dict[tuple[int, int], tuple[int, ...]] = {}
+    most = _MOST
     for name, x in _named(tensors, "tensors"):
         _need(isinstance(x, list) and len(x) == 2, f"{short(name)} has no shape")
         shape, cuts = x
@@ -148,6 +153,8 @@ def _tensors(
             if line is not None:
                 _need(_whole(line) and line < len(lines), f"{short(name)}: positions")
                 if (line, size) not in known:
+                    most -= size
+                    _need(most >= 0, f"it has more than {_MOST:,} positions")
                     known[line, size] = _positions(name, lines[line], size)
                 kept.setdefault(name, {})[d] = known[line, size]
     return shapes, kept
