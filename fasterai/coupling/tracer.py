@@ -79,7 +79,8 @@ class Tracer(TorchDispatchMode):
         self.count = 0
         self.parameters = {name for name, _ in model.named_parameters()}
         self.fields = beside()
-        largest = max((int(k.max()) for k in labels.values() if len(k)), default=0)
+        known = [k for k in labels.values() if len(k)]
+        largest = int(torch.cat(known).max()) if known else 0
         self.total = largest + 2  # FIXED, -1, has a place of its own
         self.moving = beside()  # (labels,) bool: channels that zeros did not make
         self.made = beside()  # by a layer: the name of its weight
@@ -100,8 +101,9 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = self.engine(self, func, args, kwargs or {})
-        self.follow(self, func, args, kwargs or {}, out)
+        with torch._C.DisableTorchFunction():  # what is asked here is none of the network's code
+            out = self.engine(self, func, args, kwargs or {})
+            self.follow(self, func, args, kwargs or {}, out)
         return out
 
     def of(self, x: Any) -> tuple[Field, ...]:

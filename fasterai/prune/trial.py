@@ -62,20 +62,22 @@ class Trial:
     def settle(self, wanted: Removal) -> Removal:
         """Those of the axes that can be cut together, found by halving where it fails.
 
-        The cut is tried in eval mode, and the one found so, in train mode as well; where that
-        fails, which is rare, all are tried in both.
+        The cut is tried in eval mode, and the one found so in train mode, where the network does
+        something else there; where that fails, which is rare, all are tried in both.
         """
         remove = self._settled(wanted, [False])
-        where = self.coupling, self.axes, remove
-        if remove and wiring(self.model, self.inputs, *where, modes=[True], exact=self._exact)[0]:
-            remove = self._settled(wanted, [False, True])
+        if remove and self.coupling.analysis.trains:
+            where = self.model, self.inputs, self.coupling, self.axes, remove
+            if wiring(*where, modes=[True], exact=self._exact)[0] is not None:
+                remove = self._settled(wanted, [False, True])
         return remove
 
     def _settled(self, wanted: Removal, modes: Sequence[bool]) -> Removal:
         mixed = [a for a in wanted if not self._exact and self.axes[a].mixed is not None]
+        others = [a for a in wanted if a not in mixed]
         good: list[int] = []
         self.failed, self.apart, self.plan = {}, None, Cut({})
-        for more in ([a for a in wanted if a not in mixed], mixed):
+        for more in (others, mixed) if self.verify else (others + mixed,):
             good = settle(
                 good,
                 more,
