@@ -55,7 +55,12 @@ def run_shapes(model: nn.Module, inputs: Inputs, within: AbstractContextManager[
 
 
 def run_numbers(
-    model: nn.Module, inputs: Inputs, labels: Mapping[Dim, Tensor], alive: Tensor | None = None
+    model: nn.Module,
+    inputs: Inputs,
+    labels: Mapping[Dim, Tensor],
+    alive: Tensor | None = None,
+    *,
+    origins: bool = False,
 ) -> tuple[Run, Any]:
     """Run `model` in eval mode and watch what arrives at its layers; the output comes, too.
 
@@ -64,9 +69,10 @@ def run_numbers(
         inputs: what it runs on.
         labels: for each dimension of its parameters, the labels of the positions.
         alive: bool, one for each label and one for FIXED; the others are muted.
+        origins: also note which channels zero weights alone have made.
     """
     engine = numbers if alive is None else Muted(alive)
-    return _run(model, inputs, labels, engine, training=False, watch=True)
+    return _run(model, inputs, labels, engine, training=False, watch=True, origins=origins)
 
 
 def _run(
@@ -78,12 +84,14 @@ def _run(
     *,
     rule: Callable[..., None] = follow,
     watch: bool = False,
+    origins: bool = False,
     within: AbstractContextManager[Any] | None = None,
 ) -> tuple[Run, Any]:
     with run_quietly(model, training), plainly(), _recurrence_shown(model), _uncollected():
         shapes = isinstance(engine, Shapes)
         beside = Beside if shapes else WeakTensorKeyDictionary
-        tracer = Tracer(model, labels, rule, engine, watch=watch, beside=beside)
+        noted = {"watch": watch, "origins": origins, "beside": beside}
+        tracer = Tracer(model, labels, rule, engine, **noted)
         with tracer, Literals(engine.device) if shapes else nullcontext(), within or nullcontext():
             out = inputs(model)
     for x in tensors_in(out):

@@ -59,6 +59,7 @@ class Tracer(TorchDispatchMode):
         follow: passes labels through an operation: (tracer, operation, args, kwargs, result).
         engine: executes the operations; see `engines`.
         watch: note with what values each channel arrives at its consumers.
+        origins: note which channels anything but zero weights has made; needs numbers, as well.
         beside: what holds values beside tensors.
     """
 
@@ -70,12 +71,13 @@ class Tracer(TorchDispatchMode):
         engine: Engine,
         *,
         watch: bool = False,
+        origins: bool = False,
         beside: type = WeakTensorKeyDictionary,
     ) -> None:
         super().__init__()
         self.follow, self.engine = follow, engine
         self.said = Run()
-        self.watch = watch
+        self.watch, self.origins = watch, origins
         self.count = 0
         self.parameters = {name for name, _ in model.named_parameters()}
         self.fields = beside()
@@ -202,7 +204,7 @@ class Tracer(TorchDispatchMode):
     def produce(self, out: Tensor, weight: Tensor, rows: Field | None) -> None:
         """A layer made `out` with `weight`, whose rows are its channels."""
         self.mark(rows, PRODUCE)
-        if self.watch and rows is not None and rows.source is not None:
+        if self.origins and rows is not None and rows.source is not None:
             others = [d for d in range(weight.ndim) if d not in rows.dims]
             alive = weight.any(others) if others else weight != 0
             moving = self.moving.get(out)

@@ -30,8 +30,8 @@ class Trial:
     """Tries removals on a model, which is as before after each of them.
 
     A cut network has to run, its labels have to meet as they did before, and its outputs have to
-    be those of the network as it is (with `constants` made good), or of the network in which
-    every layer ignores the removed channels. Where channels are mixed (under a layer norm) no
+    be those of the network as it is, `dense`, with `constants` made good, or of the network in
+    which every layer ignores the removed channels. Where channels are mixed (under a layer norm) no
     network computes the same: there the wiring alone is proved.
 
     Attributes:
@@ -47,17 +47,17 @@ class Trial:
         coupling: Coupling,
         axes: Sequence[Axis],
         *,
+        dense: Observation | None = None,
         constants: Constants | None = None,
         verify: bool,
     ) -> None:
         self.model, self.inputs = model, inputs
         self.coupling, self.axes = coupling, axes
-        self.constants, self.verify = constants, verify
+        self.dense, self.constants, self.verify = dense, constants, verify
         self._exact = constants is not None
         self.failed: dict[int, str] = {}
         self.apart: Differences | None = None
         self.plan = Cut({})
-        self._dense: Observation | None = None
 
     def settle(self, wanted: Removal) -> Removal:
         """Those of the axes that can be cut together, found by halving where it fails.
@@ -115,12 +115,10 @@ class Trial:
 
     def _expected(self, remove: Removal) -> Observation:
         """What the network to compare with computes."""
-        if not self._exact:
-            silent = gone(self.coupling, self.axes, remove)
-            return observe(self.model, self.inputs, self.coupling, silent=silent)
-        if self._dense is None:
-            self._dense = observe(self.model, self.inputs, self.coupling)
-        return self._dense
+        if self.dense is not None:
+            return self.dense
+        silent = gone(self.coupling, self.axes, remove)
+        return observe(self.model, self.inputs, self.coupling, silent=silent)
 
     def _same(self, remove: Removal, unknown: Sequence[int], before: Tensor, after: Tensor) -> bool:
         """Whether the channels that stay arrive as before; outputs may hide a small branch."""
