@@ -79,7 +79,9 @@ class Tracer(TorchDispatchMode):
         self.said = Run()
         self.watch, self.origins = watch, origins
         self.count = 0
-        self.parameters = {name for name, _ in model.named_parameters()}
+        tensors = dict(model.named_parameters())
+        self.parameters = set(tensors)
+        tensors.update(model.named_buffers())
         self.fields = beside()
         known = [k for k in labels.values() if len(k)]
         largest = int(torch.cat(known).max()) if known else 0
@@ -89,7 +91,6 @@ class Tracer(TorchDispatchMode):
         self.products = beside()  # of two activations: the labels they were over
         self.uniform = beside()  # constants made in the run, of one value
         self.fixed = beside()  # parameters, buffers and what is made of them alone
-        tensors = dict([*model.named_parameters(), *model.named_buffers()])
         for tensor in tensors.values():
             self.fixed[tensor] = True
         for dim, known in labels.items():
