@@ -376,3 +376,28 @@ def test_channels_last_and_half():
         sparsifier.sparsify_model(0.5)
         assert int((model.c1.weight == 0).sum()) == 8 * 16 * 9 // 2
         assert model.c1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "kernel", "weight", "filter"])
+@pytest.mark.parametrize("criteria", [large_final, small_final, random_scores])
+def test_a_layer_that_goes_as_a_whole_stays_at_zero_and_is_counted(granularity, criteria):
+    model = make(Plain)
+    layers = [model.a.weight, model.b.weight]
+    sparsifier = Sparsifier(
+        model,
+        granularity,
+        "global",
+        criteria,
+        layers=nn.Conv2d,
+        min_keep=0,
+        example_inputs=images(),
+    )
+    gone = [False, False]
+    for sparsity in (0.5, 0.9, 1.0):
+        sparsifier.sparsify_model(sparsity)
+        now = [dead(w) for w in layers]
+        assert all(a <= b for a, b in zip(gone, now, strict=True))
+        gone = now
+        total = sparsifier.report().set_index("layer").loc["total"]
+        assert total["zeros"] == total["n"]
+    assert all(gone)
