@@ -401,3 +401,32 @@ def test_a_layer_that_goes_as_a_whole_stays_at_zero_and_is_counted(granularity, 
         total = sparsifier.report().set_index("layer").loc["total"]
         assert total["zeros"] == total["n"]
     assert all(gone)
+
+
+class Words(nn.Module):
+    """A language model: the decoder has the weight of the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.inner = nn.Embedding(20, 8), nn.Linear(8, 8)
+        self.again, self.decoder = nn.Linear(8, 8), nn.Linear(8, 20)
+        self.again.weight, self.decoder.weight = self.inner.weight, self.words.weight
+
+    def forward(self, tokens):
+        return self.decoder(F.relu(self.again(F.relu(self.inner(self.words(tokens))))))
+
+
+@pytest.mark.parametrize("granularity", ["weight", "row", "2:4", "filter"])
+def test_tied_weights(granularity):
+    model, tokens = Words(), torch.arange(6).view(2, 3)
+    sparsifier = Sparsifier(model, granularity, example_inputs=tokens)
+    sparsifier.sparsify_model(0.5)
+    table = sparsifier.report().set_index("layer")
+    assert table.loc["again", "limit"] == "its weight is that of 'inner'"
+    if granularity == "filter":
+        assert table.loc["decoder", "limit"] == "its weight is that of 'words'"
+    else:
+        assert table.loc["decoder", "limit"] == "network output" and model.decoder.weight.all()
+        assert int((model.inner.weight == 0).sum()) == 32
+        with pytest.raises(ValueError, match="its weight is that of 'inner'"):
+            sparsifier.sparsify_model({"again": 0.5})
