@@ -330,11 +330,13 @@ class Sparsifier:
         pairs = zip(found, self._regrowth.zero, strict=True)
         return [ScoreRanking(list, r.marks & z.to(r.marks.device)) for r, z in pairs]
 
-    @staticmethod
-    def _more(counts: int | Sequence[int], held: Sequence[int]) -> bool:
+    def _more(self, counts: int | Sequence[int], held: Sequence[int]) -> bool:
+        """Whether groups are to go beside those held: there are such that may."""
+        most = [self.limits.most(g.size, g.free) for g in self._groups]
+        left = any(m > h for m, h in zip(most, held, strict=True))
         if isinstance(counts, int):
-            return counts > sum(held)
-        return any(n > h for n, h in zip(counts, held, strict=True))
+            return left and counts > sum(held)
+        return any(min(n, m) > h for n, m, h in zip(counts, most, held, strict=True))
 
     def _set(self, rankings: Sequence[Ranking], cuts: Sequence[Cut | None]) -> None:
         pairs = zip(self._groups, rankings, strict=True)
