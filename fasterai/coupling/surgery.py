@@ -47,8 +47,9 @@ def cut(model: nn.Module, plan: Cut) -> Callable[[], None]:
         plan: what stays.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    scratch: _Scratch = {}
     smaller = {
-        name: _smaller(tensors[name], plan.added.get(name), *how)
+        name: _smaller(tensors[name], plan.added.get(name), *how, scratch)
         for name, how in _by_parameter(plan).items()
     }
     undo: list[Callable[[], None]] = []
@@ -78,11 +79,12 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     shadows: dict[int, Tensor] = {}
+    scratch: _Scratch = {}
     for name, (cuts, scales) in _by_parameter(plan).items():
         if shapes:
             data = _outline(tensors[name], cuts)
         else:
-            data = _smaller(tensors[name], plan.added.get(name), cuts, scales)
+            data = _smaller(tensors[name], plan.added.get(name), cuts, scales, scratch)
         is_parameter = isinstance(tensors[name], nn.Parameter)
         shadows[id(tensors[name])] = nn.Parameter(data, False) if is_parameter else data
     undo: list[Callable[[], None]] = []
@@ -118,20 +120,25 @@ def _outline(tensor: Tensor, cuts: _ByDim) -> Tensor:
     return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
-def _smaller(tensor: Tensor, added: Tensor | None, cuts: _ByDim, scales: _ByDim) -> Tensor:
+_Scratch = dict[tuple[torch.dtype, torch.device], Tensor]
+
+
+def _smaller(
+    tensor: Tensor, added: Tensor | None, cuts: _ByDim, scales: _ByDim, scratch: _Scratch
+) -> Tensor:
     data = tensor.detach()
     if added is not None:
         data = (data + added).to(data.dtype)
+    whole = data
+    for dim, index in cuts.items():
+        room = None
+        if data is whole and len(cuts) > 1:  # picked from again: spare the new memory
+            room = scratch.setdefault((data.dtype, data.device), data.new_empty(0)).resize_(0)
+        data = torch.index_select(data, dim, index.to(data.device), out=room)
     for dim, scale in scales.items():
+        scale = scale[cuts[dim]] if dim in cuts else scale
         shape = [-1 if d == dim else 1 for d in range(data.ndim)]
         data = (data * scale.to(data.device).view(shape)).to(data.dtype)
-    if cuts:  # all dimensions at once: a tensor in between would cost as much again
-        first, last = min(cuts), max(cuts)
-        whole = [torch.arange(n) for n in data.shape]
-        index = torch.meshgrid(
-            *(cuts.get(d, whole[d]).to(data.device) for d in range(first, last + 1)), indexing="ij"
-        )
-        data = data[(slice(None),) * first + index]
     last = torch.channels_last
     if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
         return data.contiguous(memory_format=last)
