@@ -21,7 +21,7 @@ from .fitting import cut_for, cuts_of, steps_of
 from .plan import Plan
 from .pruner import Pruner, shapes
 from .select import ranked_units
-from .trial import Decision
+from .trial import Decision, Trial
 
 __all__ = ["GradualPruner"]
 
@@ -97,7 +97,8 @@ class GradualPruner(Pruner):
         criterion = self.criteria.reading(self._records)
         axes, gone = self._trained(self._axes), self._gone()
         chosen = ranked_units(self.model, axes, missing, criterion, self.limits, gone)
-        self._decision = self._tried(axes, *chosen, None, self.verify)
+        where = self.model, self.inputs, self._coupling, axes
+        self._decision = self._tried(Trial(*where, verify=self.verify), *chosen)
         return self._decision.plan if self._decision.plan.removed else None
 
     def carry_out(self, plan: Plan, *, optimizer: Any = None) -> None:
