@@ -121,10 +121,15 @@ class GradualPruner(Pruner):
 
     def knows(self, model: nn.Module) -> bool:
         """Whether this is the network, and nothing else has cut it."""
-        return unwrapped(model) is self.model and shapes(self.model) in (
-            self._shapes,
-            self._expected(),
-        )
+        if unwrapped(model) is not self.model:
+            return False
+        now = shapes(self.model)
+        if now == self._shapes:
+            return True
+        if now != self._expected():
+            return False
+        self._follow()
+        return True
 
     @property
     def free(self) -> int:
@@ -165,14 +170,14 @@ class GradualPruner(Pruner):
         return decision.plan
 
     def _refresh(self) -> None:
-        """The coupling and what the criterion compares with follow the last cut, once."""
-        if self._shapes == shapes(self.model):
-            return
         if not self.knows(self.model):
             raise RuntimeError(
                 "the network was cut by something else since this pruner looked at it: make a "
                 "new one, which starts from the network as it is"
             )
+
+    def _follow(self) -> None:
+        """The coupling and what the criterion compares with follow the last cut, once."""
         plan, kept = self._cut
         before = replace(self._coupling, axes=tuple(self._axes))
         after = remaining(before, kept, self.model, self.inputs)
