@@ -16,12 +16,18 @@ from test_callback import Fail, learner
 from torch import nn
 
 from fasterai.core import criteria as C
-from fasterai.core.criteria import Criterion, grad_crit, large_final, movement, squared_final
+from fasterai.core.criteria import (
+    Criterion,
+    NothingToCompare,
+    grad_crit,
+    large_final,
+    movement,
+    squared_final,
+)
 from fasterai.core.normalise import normalise
 from fasterai.core.schedule import lin, one_shot
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.callback import SparsifyCallback
-from fasterai.sparse.records import NothingToCompare
 from fasterai.sparse.sparsifier import Sparsifier
 
 FORMULAS = {  # of the weight and what it is compared with

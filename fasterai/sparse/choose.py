@@ -14,14 +14,13 @@ from ..core.granularity import Granularity, dimensions, maskable_types
 from ..core.names import LayerChoice, pick
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
-from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE, SCALE, SHIFT
-from ..coupling.units import Axis, Coupling
+from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE
+from ..coupling.units import FROZEN, Axis, Coupling
 from .groups import Groups, LayerGroups, UnitGroups, WeightGroups
 from .patterns import PatternGroups
 
 __all__ = ["Choice", "NothingToSparsify", "choose"]
 
-_FROZEN = "frozen (requires_grad is False)"
 _OUTPUT = "network output"
 
 
@@ -75,7 +74,7 @@ def choose(
         outputs = _output_layers(model, coupling) if layers is None else ()
         groups, skipped = _inside_layers(model, granularity, chosen, outputs)
     if not groups:
-        raise NothingToSparsify(_nothing(granularity, skipped), _FROZEN in skipped.values())
+        raise NothingToSparsify(_nothing(granularity, skipped), FROZEN in skipped.values())
     return Choice(tuple(groups), skipped, inputs, _frozen_share(chosen, skipped))
 
 
@@ -120,7 +119,7 @@ def _inside_layers(
             if isinstance(found, str):
                 skipped[own] = found
             elif not weight.requires_grad:
-                skipped[own] = _FROZEN
+                skipped[own] = FROZEN
             elif id(weight) in groups:
                 skipped[own] = f"its weight is that of {groups[id(weight)].layer!r}"
             elif weight.numel():
@@ -201,11 +200,7 @@ def _without(axis: Axis, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor
             units = slot.unit.tolist()
             other = f"coupled to {slot.module!r}, which is not chosen"
             axis = axis.pinned("not chosen" if slot.module == axis.name else other, units)
-    for slot in axis.having(PRODUCE, SCALE, SHIFT):
-        p = tensors.get(slot.parameter)
-        if p is not None and not p.requires_grad:
-            axis = axis.pinned(_FROZEN, slot.unit.tolist())
-    return axis
+    return axis.trained(tensors)
 
 
 def _chosen(
