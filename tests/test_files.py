@@ -278,7 +278,10 @@ def test_several_cuts_make_one_file(tmp_path):
     save_pruned(model, tmp_path / "a", pruner.whole_plan.then(other.whole_plan))
     fresh = load_pruned(make(Residual, seed=6), tmp_path / "a")
     assert equal(model, fresh, images(3))
-    Pruner(fresh, images()).prune_model(0.3)  # and goes on
+    again = Pruner(fresh, images())  # and goes on
+    again.prune_model(0.3)
+    save_pruned(fresh, tmp_path / "b", read_plan(tmp_path / "a").then(again.whole_plan))
+    assert equal(fresh, load_pruned(make(Residual, seed=7), tmp_path / "b"), images(3))
 
 
 # --- what shapes leave open ---------------------------------------------------------------------
