@@ -247,6 +247,19 @@ def test_norms_that_remember_their_width_do_so_when_loaded(norm, tmp_path):
         assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+def test_the_plan_and_the_model_agree_on_what_norms_remember(norm, tmp_path):
+    x = images().double()
+    zeros, plan = pruned(zeroed(lively(Normed(copy.deepcopy(norm))), x, mixed=True), x, None)
+    ranks, other = pruned(lively(Normed(copy.deepcopy(norm))), x)
+    assert zeros.a.weight.shape == ranks.a.weight.shape and not other.norms
+    for model, wrong in ((zeros, other), (ranks, plan)):
+        if model is zeros and isinstance(norm, nn.RMSNorm):
+            continue  # its eps might be the user's
+        with pytest.raises(ValueError, match="leads to a norm 'norm' that remembers"):
+            save_pruned(model, tmp_path / "a", wrong)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_wrapped_models_give_the_same_files(tmp_path):
     model, plan = pruned(make(Plain), images())
@@ -272,7 +285,7 @@ def test_several_cuts_make_one_file(tmp_path):
     other.prune_model(0.3)
     with pytest.raises(ValueError, match="pass that of all cuts, pruner.whole_plan"):
         save_pruned(model, tmp_path / "a", pruner.plan)
-    with pytest.raises(ValueError, match="pass the plan of all cuts since the model was dense"):
+    with pytest.raises(ValueError, match="leads to 'stem.weight' of shape"):
         save_pruned(model, tmp_path / "a", first)
     assert not os.listdir(tmp_path)
     save_pruned(model, tmp_path / "a", pruner.whole_plan.then(other.whole_plan))

@@ -11,7 +11,7 @@ from torch import nn
 from ..core.names import modules_by_name, tensors_by_name
 from ..coupling.labels import Dim
 from ..coupling.mending import sizes_in
-from ..coupling.norms import from_values
+from ..coupling.norms import from_values, remembered
 from ..coupling.surgery import Cut, Step
 from .runs import from_runs
 
@@ -48,6 +48,11 @@ def cut_for(plan: Plan, network: nn.Module, *, constants: bool = True) -> Cut:
         ]
         for name, adjusted in plan.adjusted.items()
     }
+    return Cut(kept, (), steps, _attributes(plan, network))
+
+
+def _attributes(plan: Plan, network: nn.Module) -> dict[nn.Module, dict[str, Any]]:
+    """The integers that modules get, and what makes norms remember their width."""
     attributes: dict[nn.Module, dict[str, Any]] = {}
     modules = modules_by_name(network)
     for name, integers in plan.integers.items():
@@ -57,32 +62,38 @@ def cut_for(plan: Plan, network: nn.Module, *, constants: bool = True) -> Cut:
             own[attribute] = type(vars(modules[name])[attribute])(after) if several else after
     for name, values in plan.norms.items():
         attributes.setdefault(modules[name], {}).update(from_values(modules[name], values))
-    return Cut(kept, (), steps, attributes)
+    return attributes
 
 
 def must_lead_to(plan: Plan, network: nn.Module) -> None:
     """Check that a network is one that a plan leads to.
 
     Raises:
-        ValueError: shapes or integers are others.
+        ValueError: shapes, integers or norms are others.
     """
+    for what, expected, got in _ends(plan, network):
+        if expected != got:
+            raise ValueError(
+                f"the plan leads to {what} {expected}, the model has {got}: pass the plan of all "
+                f"that was cut since the model was dense, as in pruner.whole_plan"
+            )
+
+
+def _ends(plan: Plan, network: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """What a plan leads to: (what it is, what the plan makes it, what it is in the network)."""
     tensors, modules = tensors_by_name(network), modules_by_name(network)
     for name in plan.shapes:
         shape = tuple(tensors[name].shape) if name in tensors else None
-        if shape != plan.shape_after(name):
-            raise ValueError(
-                f"the plan leaves {name!r} with the shape {plan.shape_after(name)}, the model has "
-                f"{shape or 'none of that name'}: pass the plan of all cuts since the model was "
-                f"dense, as in pruner.whole_plan"
-            )
+        yield f"{name!r} of shape", plan.shape_after(name), shape
     for name, integers in plan.integers.items():
         known = sizes_in(modules[name]) if name in modules else {}
         for attribute, (_, after) in integers.items():
-            if known.get(attribute) != after:
-                raise ValueError(
-                    f"the plan leaves {name}.{attribute} at {after}, the model has "
-                    f"{known.get(attribute)}: pass the plan that cut it"
-                )
+            yield f"{name}.{attribute}", after, known.get(attribute)
+    for name, module in modules.items():
+        planned, now = plan.norms.get(name), remembered(module)
+        if now is None and planned is not None and "class" not in planned:
+            now = {eps: getattr(module, eps, None) for eps in planned}
+        yield f"a norm {name!r} that remembers", planned, now
 
 
 def _unfit(plan: Plan, network: nn.Module) -> Iterator[str]:
