@@ -295,6 +295,12 @@ def test_several_cuts_make_one_file(tmp_path):
     again.prune_model(0.3)
     save_pruned(fresh, tmp_path / "b", read_plan(tmp_path / "a").then(again.whole_plan))
     assert equal(fresh, load_pruned(make(Residual, seed=7), tmp_path / "b"), images(3))
+    save_pruned(fresh, tmp_path / "c", again.whole_plan)  # of the later cuts alone
+    late = make(Residual, seed=7)
+    with pytest.raises(PrunedFileError, match="other cuts came before this plan: apply theirs"):
+        load_pruned(late, tmp_path / "c")
+    read_plan(tmp_path / "a").apply(late)
+    assert equal(fresh, load_pruned(late, tmp_path / "c"), images(3))
 
 
 # --- what shapes leave open ---------------------------------------------------------------------

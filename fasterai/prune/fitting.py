@@ -102,8 +102,9 @@ def _unfit(plan: Plan, network: nn.Module) -> Iterator[str]:
     for name, shape in plan.shapes.items():
         if name not in tensors:
             yield f"it cuts {name!r}, which the model does not have"
-        elif tuple(tensors[name].shape) != shape:
-            yield f"{name!r} should be {shape}, it is {tuple(tensors[name].shape)}"
+        elif (now := tuple(tensors[name].shape)) != shape:
+            later = "; other cuts came before this plan: apply theirs first"
+            yield f"{name!r} should be {shape}, it is {now}{later if fits_in(shape, now) else ''}"
     for name in {**plan.integers, **plan.norms}:
         if name not in modules:
             yield f"it changes {name!r}, which the model does not have"
