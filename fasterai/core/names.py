@@ -14,6 +14,7 @@ __all__ = [
     "first_names",
     "modules_by_name",
     "pick",
+    "plain",
     "tensors_by_name",
     "unknown_name",
     "unwrapped",
@@ -41,13 +42,14 @@ def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argumen
         TypeError: neither a name nor a module type.
     """
     _must_be_module(model)
-    names = [name for name, _ in model.named_modules()]
+    names = {name: plain(name) for name, _ in model.named_modules()}
     chosen: set[str] = set()
     for choice in as_choices(choices):
         if isinstance(choice, str):
-            if choice not in names or not choice:
-                raise ValueError(unknown_name(choice, names, argument))
-            chosen.update(n for n in names if n == choice or n.startswith(f"{choice}."))
+            if choice not in names.values() or not choice:
+                raise ValueError(unknown_name(choice, names.values(), argument))
+            inside = f"{choice}."
+            chosen.update(n for n, k in names.items() if k == choice or k.startswith(inside))
         elif isinstance(choice, type) and issubclass(choice, nn.Module):
             chosen.update(n for n, m in model.named_modules() if isinstance(m, choice))
         else:
@@ -81,12 +83,12 @@ def tensors_by_name(network: nn.Module) -> dict[str, Tensor]:
     """
     parameters = network.named_parameters(remove_duplicate=False)
     buffers = network.named_buffers(remove_duplicate=False)
-    return {_plain(name): tensor for name, tensor in [*parameters, *buffers]}
+    return {plain(name): tensor for name, tensor in [*parameters, *buffers]}
 
 
 def modules_by_name(network: nn.Module) -> dict[str, nn.Module]:
     """All modules by such names, those that are used twice under each of them."""
-    return {_plain(name): m for name, m in network.named_modules(remove_duplicate=False)}
+    return {plain(name): m for name, m in network.named_modules(remove_duplicate=False)}
 
 
 def first_names(named: Mapping[str, Any]) -> dict[int, str]:
@@ -97,13 +99,18 @@ def first_names(named: Mapping[str, Any]) -> dict[int, str]:
     return found
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A module's name without what `torch.compile` puts into it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def unknown_name(name: str, known: Iterable[str], argument: str) -> str:
     """The message for a layer that does not exist."""
-    near = get_close_matches(name, [n for n in known if n], n=3, cutoff=0.5)
+    known = list(dict.fromkeys(n for n in known if n))
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    wrapped = [k for k in known if name.removeprefix("module.") == k or plain(name) == k]
+    if wrapped:
+        return f"{argument}: names go without what wraps the model: {wrapped[0]!r}, not {name!r}"
     hint = (
         f"; did you mean {', '.join(map(repr, near))}?" if near else "; see model.named_modules()"
     )

@@ -218,13 +218,14 @@ class Pruner:
         share = 0.0 if exact else as_fraction(sparsity)
         self._refresh()
         where = self.model, self.inputs, self._coupling, self._axes
-        constants = None
+        dense = constants = None
         if exact:
-            constants = Constants(self.model, observe(*where[:3]).runs)
+            dense = observe(*where[:3], origins=True)
+            constants = Constants(self.model, dense.runs)
             wanted, stay = zero_units(self.model, constants, self._axes, limits)
         else:
             wanted, stay = ranked_units(self.model, self._axes, share, context, criterion, limits)
-        trial = Trial(*where, constants=constants, verify=verify)
+        trial = Trial(*where, dense=dense, constants=constants, verify=verify)
         remove = trial.settle({a: units for a, units in wanted.items() if units.any()})
         for a, reason in trial.failed.items():
             units = wanted[a].nonzero().flatten().tolist()
