@@ -247,6 +247,19 @@ def test_norms_that_remember_their_width_do_so_when_loaded(norm, tmp_path):
         assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+def test_the_plan_and_the_model_agree_on_what_norms_remember(norm, tmp_path):
+    x = images().double()
+    zeros, plan = pruned(zeroed(lively(Normed(copy.deepcopy(norm))), x, mixed=True), x, None)
+    ranks, other = pruned(lively(Normed(copy.deepcopy(norm))), x)
+    assert zeros.a.weight.shape == ranks.a.weight.shape and not other.norms
+    for model, wrong in ((zeros, other), (ranks, plan)):
+        if model is zeros and isinstance(norm, nn.RMSNorm):
+            continue  # its eps might be the user's
+        with pytest.raises(ValueError, match="leads to a norm 'norm' that remembers"):
+            save_pruned(model, tmp_path / "a", wrong)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_wrapped_models_give_the_same_files(tmp_path):
     model, plan = pruned(make(Plain), images())
@@ -272,13 +285,22 @@ def test_several_cuts_make_one_file(tmp_path):
     other.prune_model(0.3)
     with pytest.raises(ValueError, match="pass that of all cuts, pruner.whole_plan"):
         save_pruned(model, tmp_path / "a", pruner.plan)
-    with pytest.raises(ValueError, match="pass the plan of all cuts since the model was dense"):
+    with pytest.raises(ValueError, match="leads to 'stem.weight' of shape"):
         save_pruned(model, tmp_path / "a", first)
     assert not os.listdir(tmp_path)
     save_pruned(model, tmp_path / "a", pruner.whole_plan.then(other.whole_plan))
     fresh = load_pruned(make(Residual, seed=6), tmp_path / "a")
     assert equal(model, fresh, images(3))
-    Pruner(fresh, images()).prune_model(0.3)  # and goes on
+    again = Pruner(fresh, images())  # and goes on
+    again.prune_model(0.3)
+    save_pruned(fresh, tmp_path / "b", read_plan(tmp_path / "a").then(again.whole_plan))
+    assert equal(fresh, load_pruned(make(Residual, seed=7), tmp_path / "b"), images(3))
+    save_pruned(fresh, tmp_path / "c", again.whole_plan)  # of the later cuts alone
+    late = make(Residual, seed=7)
+    with pytest.raises(PrunedFileError, match="other cuts came before this plan: apply theirs"):
+        load_pruned(late, tmp_path / "c")
+    read_plan(tmp_path / "a").apply(late)
+    assert equal(fresh, load_pruned(late, tmp_path / "c"), images(3))
 
 
 # --- what shapes leave open ---------------------------------------------------------------------

@@ -161,6 +161,33 @@ def test_plans_chain_to_one_that_leads_the_whole_way(name):
     )
 
 
+@pytest.mark.parametrize(
+    "norm, first",
+    [
+        (nn.LayerNorm(16), 0.25),
+        (nn.LayerNorm(16), None),
+        (nn.RMSNorm(16), 0.25),
+        (nn.RMSNorm(16), None),
+        (nn.GroupNorm(2, 16), 0.25),  # one that remembers is not cut again
+    ],
+    ids=str,
+)
+def test_norms_remember_what_they_were_before_the_first_exact_cut(norm, first):
+    x = images().double()
+    model = lively(Normed(copy.deepcopy(norm), 16))
+    dense = copy.deepcopy(zeroed(model, x, mixed=True) if first is None else model)
+    pruner = Pruner(model, x)
+    pruner.prune_model(first)
+    one = pruner.plan
+    zeroed(model, x, mixed=True)
+    pruner.prune_model()
+    assert pruner.plan.removed and bool(one.norms) == (first is None)
+    whole = pruner.whole_plan.apply(copy.deepcopy(dense))
+    assert same(whole, pruner.plan.apply(one.apply(dense)), objects=False)
+    assert type(whole.norm) is type(model.norm)
+    assert contents(whole)[1]["norm"] == contents(model)[1]["norm"]
+
+
 def test_a_later_cut_may_make_a_grouped_conv_depthwise_and_then_take_groups():
     torch.manual_seed(0)
     dense = nn.Sequential(conv(3, 8), conv(8, 8, groups=4), conv(8, 2))

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .analysis import Analysis
 from .labels import PRODUCE, Dim
@@ -170,8 +169,6 @@ def layer_integers(module: nn.Module) -> dict[str, Any]:
 
 def agrees(module: nn.Module) -> bool:
     """Whether a layer's tensors and integers fit together; True for what is no layer."""
-    if is_parametrized(module):  # to look at its weight would compute it
-        return False
     sizes, own = layer_integers(module), vars(module)
     out = next((sizes[name] for name in _OUT if name in sizes), None)
     vectors = (getattr(module, name, None) for name in _VECTORS if out is not None)

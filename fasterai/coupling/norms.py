@@ -23,6 +23,7 @@ __all__ = [
     "by_root_mean_square",
     "from_values",
     "narrowed",
+    "remembered",
 ]
 
 
@@ -134,6 +135,14 @@ def as_values(attributes: Mapping[str, Any]) -> dict[str, Any]:
         "class" if name == "__class__" else name: value.__name__ if name == "__class__" else value
         for name, value in attributes.items()
     }
+
+
+def remembered(module: nn.Module) -> dict[str, Any] | None:
+    """What a norm that remembers its width has got; None for other modules."""
+    kind, names = _KINDS.get(type(module).__name__, (None, ()))
+    if kind is not type(module):
+        return None
+    return {"class": kind.__name__, **{name: getattr(module, name) for name in names}}
 
 
 def from_values(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:

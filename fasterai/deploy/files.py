@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.names import first_names, modules_by_name, tensors_by_name, unwrapped
-from ..coupling.norms import NarrowGroupNorm, NarrowLayerNorm
+from ..coupling.norms import remembered
 from ..coupling.surgery import Cut, cut
 from ..prune.fitting import cut_for, fits_in, must_lead_to
 from ..prune.plan import Plan
@@ -184,7 +184,7 @@ def _must_be_whole(plan: Plan, network: nn.Module) -> None:
 
 def _must_be_told_by_shapes(network: nn.Module) -> None:
     for name, module in network.named_modules():
-        if isinstance(module, NarrowLayerNorm | NarrowGroupNorm):
+        if remembered(module) is not None:
             raise ValueError(
                 f"{name!r} remembers a width that shapes do not tell: pass the plan, as in "
                 f"save_pruned(model, file, pruner.whole_plan)"

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core.names import first_names, modules_by_name, tensors_by_name
 from ..coupling.mending import around, integers_in, layer_integers
-from ..coupling.norms import NarrowGroupNorm, NarrowLayerNorm, by_root_mean_square
+from ..coupling.norms import by_root_mean_square, remembered
 
 __all__ = ["attributes_by_shape"]
 
@@ -79,13 +79,13 @@ def _must_be_plain(module: nn.Module, own: Mapping[str, Change]) -> None:
     """Refuse layers of which shapes do not tell all."""
     if all(a == b for a, b in own.values()):
         return
+    if remembered(module) is not None or by_root_mean_square(module):
+        raise _Open("it may remember its width")
     for kind, doubt in _DOUBTS:
         if isinstance(module, kind):
             reason = doubt(module, own)
             if reason:
                 raise _Open(reason)
-    if by_root_mean_square(module):
-        raise _Open("it may remember its width")
 
 
 def _conv(conv: Any, own: Mapping[str, Change]) -> str | None:
@@ -114,13 +114,8 @@ def _recurrent(rnn: nn.RNNBase, own: Mapping[str, Change]) -> str | None:
     return "its projection and its width may both have changed" if rnn.proj_size else None
 
 
-def _narrow(norm: nn.Module, own: Mapping[str, Change]) -> str:
-    return "it remembers another width"
-
-
 _Doubt = Callable[[Any, Mapping[str, Change]], str | None]
 _DOUBTS: tuple[tuple[Any, _Doubt], ...] = (
-    (NarrowLayerNorm | NarrowGroupNorm, _narrow),
     (nn.modules.conv._ConvNd, _conv),
     (nn.GroupNorm, _group_norm),
     (nn.LayerNorm, _layer_norm),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.names import modules_by_name, tensors_by_name
 from ..coupling.labels import Dim
 from ..coupling.mending import sizes_in
-from ..coupling.norms import from_values
+from ..coupling.norms import from_values, remembered
 from ..coupling.surgery import Cut, Step
 from .runs import from_runs
 
@@ -42,6 +42,11 @@ def cut_for(plan: Plan, network: nn.Module, *, constants: bool = True) -> Cut:
         names[name]: [step for step in steps_of(plan, name) if step.factor or constants]
         for name in plan.adjusted
     }
+    return Cut(kept, (), steps, _attributes(plan, network))
+
+
+def _attributes(plan: Plan, network: nn.Module) -> dict[nn.Module, dict[str, Any]]:
+    """The integers that modules get, and what makes norms remember their width."""
     attributes: dict[nn.Module, dict[str, Any]] = {}
     modules = modules_by_name(network)
     for name, integers in plan.integers.items():
@@ -51,7 +56,7 @@ def cut_for(plan: Plan, network: nn.Module, *, constants: bool = True) -> Cut:
             own[attribute] = type(vars(modules[name])[attribute])(after) if several else after
     for name, values in plan.norms.items():
         attributes.setdefault(modules[name], {}).update(from_values(modules[name], values))
-    return Cut(kept, (), steps, attributes)
+    return attributes
 
 
 def cuts_of(plan: Plan, name: str) -> dict[int, Tensor]:
@@ -69,25 +74,31 @@ def must_lead_to(plan: Plan, network: nn.Module) -> None:
     """Check that a network is one that a plan leads to.
 
     Raises:
-        ValueError: shapes or integers are others.
+        ValueError: shapes, integers or norms are others.
     """
+    for what, expected, got in _ends(plan, network):
+        if expected != got:
+            raise ValueError(
+                f"the plan leads to {what} {expected}, the model has {got}: pass the plan of all "
+                f"that was cut since the model was dense, as in pruner.whole_plan"
+            )
+
+
+def _ends(plan: Plan, network: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """What a plan leads to: (what it is, what the plan makes it, what it is in the network)."""
     tensors, modules = tensors_by_name(network), modules_by_name(network)
     for name in plan.shapes:
         shape = tuple(tensors[name].shape) if name in tensors else None
-        if shape != plan.shape_after(name):
-            raise ValueError(
-                f"the plan leaves {name!r} with the shape {plan.shape_after(name)}, the model has "
-                f"{shape or 'none of that name'}: pass the plan of all cuts since the model was "
-                f"dense, as in pruner.whole_plan"
-            )
+        yield f"{name!r} of shape", plan.shape_after(name), shape
     for name, integers in plan.integers.items():
         known = sizes_in(modules[name]) if name in modules else {}
         for attribute, (_, after) in integers.items():
-            if known.get(attribute) != after:
-                raise ValueError(
-                    f"the plan leaves {name}.{attribute} at {after}, the model has "
-                    f"{known.get(attribute)}: pass the plan that cut it"
-                )
+            yield f"{name}.{attribute}", after, known.get(attribute)
+    for name, module in modules.items():
+        planned, now = plan.norms.get(name), remembered(module)
+        if now is None and planned is not None and "class" not in planned:
+            now = {eps: getattr(module, eps, None) for eps in planned}
+        yield f"a norm {name!r} that remembers", planned, now
 
 
 def _unfit(plan: Plan, network: nn.Module) -> Iterator[str]:
@@ -96,8 +107,9 @@ def _unfit(plan: Plan, network: nn.Module) -> Iterator[str]:
     for name, shape in plan.shapes.items():
         if name not in tensors:
             yield f"it cuts {name!r}, which the model does not have"
-        elif tuple(tensors[name].shape) != shape:
-            yield f"{name!r} should be {shape}, it is {tuple(tensors[name].shape)}"
+        elif (now := tuple(tensors[name].shape)) != shape:
+            later = "; other cuts came before this plan: apply theirs first"
+            yield f"{name!r} should be {shape}, it is {now}{later if fits_in(shape, now) else ''}"
     for name in {**plan.integers, **plan.norms}:
         if name not in modules:
             yield f"it changes {name!r}, which the model does not have"
