@@ -160,6 +160,34 @@ def test_a_second_fit_goes_on_to_the_same_target_and_a_new_callback_starts_anew(
     assert learn.model.c1.weight.shape[0] == 4
 
 
+@pytest.mark.parametrize("context", ["local", "global"])
+def test_a_fit_that_was_stopped_goes_on_in_another_process(tmp_path, context):
+    whole, seen = learner(path=tmp_path), Widths()
+    schedule = lin.over(0.0, 1.0, n_steps=8)
+    fit(whole, 4, PruneCallback(0.5, context, schedule=schedule), seen)
+    first, begun = learner(path=tmp_path), Widths()
+    stop = Raise(KeyboardInterrupt(), "after_epoch", 2)
+    cb = PruneCallback(0.5, context, schedule=schedule)
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, 4, cb, begun, stop)
+    first.save("stopped")
+    text = cb.plan.to_json()
+    second, went_on = learner(path=tmp_path), Widths()
+    plan = Plan.from_json(text)
+    plan.apply(second.model)
+    second.load("stopped")
+    cb = PruneCallback(0.5, context, schedule=schedule, after=plan)
+    fit(second, 4, cb, went_on, start_epoch=2)
+    assert len(begun.seen) == len(went_on.seen) == 16
+    if context == "local":
+        assert begun.seen + went_on.seen == seen.seen
+    assert cb.reached() == 0.5 and cb.plan.removed == 12
+    copied = make(Residual)
+    cb.plan.apply(copied).load_state_dict(second.model.state_dict())
+    with pytest.raises(ValueError, match="since the model was dense"):
+        fit(learner(), 1, PruneCallback(0.5, after=plan))
+
+
 def test_a_callback_of_the_learner_takes_part_in_every_fit():
     learn = learner(cbs=PruneCallback(0.5, schedule=QUICK))
     learn.fit(1)
@@ -440,7 +468,7 @@ class Raise(Callback):
         setattr(self, event, self.fail)
 
     def fail(self):
-        if self.training:
+        if self.training or self.event == "after_epoch":
             self.count += 1
             if self.count == self.at:
                 raise self.error
