@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.criteria import Criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
-from ..core.masks import Limits, apply_masks, as_fraction
+from ..core.masks import Limits, apply_masks, as_context, as_fraction
 from ..core.names import LayerChoice, as_choices, unwrapped
 from ..core.schedule import Chain, Schedule, agp, falls, goes_down
 from ..fit.callback import FitCallback, ScheduledCallback
@@ -82,15 +82,13 @@ class SparsifyCallback(ScheduledCallback):
         hold_trackers: bool = True,
     ) -> None:
         super().__init__(criteria, schedule, hold_trackers)
-        if context not in ("local", "global"):
-            raise ValueError(f"context must be 'local' or 'global', got {context!r}")
         self.initial, self.sparsity = _initial_and_final(sparsity)
         grain = Granularity(granularity)
         by_layer = self.sparsity if isinstance(self.sparsity, Mapping) else {None: self.sparsity}
         for layer, value in by_layer.items():
             grain.allow(value, "sparsity" if layer is None else f"sparsity of {layer!r}")
         self.granularity = grain.name
-        self.context = context
+        self.context = as_context(context)
         Limits(min_keep, round_to)
         self.min_keep, self.round_to = min_keep, round_to
         self.layers = None if layers is None else as_choices(layers)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion, Lookup, as_criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
-from ..core.masks import Limits, apply_masks, choose_cuts, zero_marks
+from ..core.masks import Limits, apply_masks, as_context, choose_cuts, zero_marks
 from ..core.names import LayerChoice, plain, unknown_name, unwrapped
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
+from ..core.records import Records, refuse_equal, stand_in
 from ..core.selection import Cut
 from ..measure.profile import macs
 from .choose import choose
 from .groups import ranking_of, write_cut
-from .records import Records, stand_in
 from .regrow import Regrowth
 from .report import sparsity_report
 from .targets import origin, targets_of
@@ -103,11 +103,9 @@ class Sparsifier:
         whole_heads: bool = False,
         regrow: bool = False,
     ) -> None:
-        if context not in ("local", "global"):
-            raise ValueError(f"context must be 'local' or 'global', got {context!r}")
         self.model = model
         self.granularity = Granularity(granularity)
-        self.context = context
+        self.context = as_context(context)
         self.criteria = as_criterion(criteria)
         self.limits = Limits(min_keep, round_to)
         if regrow and self.granularity.is_filter:
@@ -274,7 +272,7 @@ class Sparsifier:
         """
         scores = self._scores(self._records)
         if self.criteria.needs:
-            self._records.refuse_equal(scores)
+            refuse_equal(scores)
         return scores
 
     def try_criteria(self) -> None:
@@ -328,11 +326,13 @@ class Sparsifier:
         pairs = zip(found, self._regrowth.zero, strict=True)
         return [ScoreRanking(list, r.marks & z.to(r.marks.device)) for r, z in pairs]
 
-    @staticmethod
-    def _more(counts: int | Sequence[int], held: Sequence[int]) -> bool:
+    def _more(self, counts: int | Sequence[int], held: Sequence[int]) -> bool:
+        """Whether groups are to go beside those held: there are such that may."""
+        most = [self.limits.most(g.size, g.free) for g in self._groups]
+        left = any(m > h for m, h in zip(most, held, strict=True))
         if isinstance(counts, int):
-            return counts > sum(held)
-        return any(n > h for n, h in zip(counts, held, strict=True))
+            return left and counts > sum(held)
+        return any(min(n, m) > h for n, m, h in zip(counts, most, held, strict=True))
 
     def _set(self, rankings: Sequence[Ranking], cuts: Sequence[Cut | None]) -> None:
         pairs = zip(self._groups, rankings, strict=True)
