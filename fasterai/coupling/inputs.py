@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -247,6 +249,8 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
         ):
             for module, _ in modes:  # not model.train(), which some override to merge weights
                 module.training = training
+                if isinstance(module, nn.SyncBatchNorm):  # other processes may not run now
+                    module.forward = partial(_BatchNorm.forward, module)
             yield
     finally:
         random.setstate(numbers[0])

@@ -15,6 +15,7 @@ from fastai.torch_core import join_path_file
 from torch import Tensor
 
 from ..core.criteria import Criterion, NothingToCompare, as_criterion
+from ..core.processes import Processes, is_first
 from ..core.schedule import Chain, Schedule, as_schedule, falls
 from ..measure.pictures import plot_steps
 from .saved import unlike_tensors
@@ -38,6 +39,7 @@ class FitCallback(Callback):
     _learn: Learner | None = None
     _training = _silent = _hold_twice = False
     _stand_ins: tuple[StandIn, ...] = ()
+    _processes = Processes()
 
     # --- for subclasses ------------------------------------------------------------------------
 
@@ -49,6 +51,11 @@ class FitCallback(Callback):
 
     def finish(self) -> None:
         """Let go of what only the fit needed."""
+
+    def warn(self, message: str) -> None:
+        """Warn, in the first of several processes."""
+        if is_first():
+            warnings.warn(message, stacklevel=3)
 
     # --- events --------------------------------------------------------------------------------
 
@@ -76,6 +83,7 @@ class FitCallback(Callback):
     def before_batch(self) -> None:
         """Start with the first training batch."""
         if self.training and not self._training and not self._silent:
+            self._processes = Processes(self.learn.model)
             self._start()
 
     def before_step(self) -> None:
@@ -92,6 +100,7 @@ class FitCallback(Callback):
         """Let go of what only the fit needed."""
         self._step_aside()
         self._training = self._silent = False
+        self._processes = Processes()
         self.finish()
 
     # --- inside --------------------------------------------------------------------------------
@@ -232,7 +241,7 @@ class ScheduledCallback(FitCallback):
         if last or not self._reads_gradients:  # accumulated gradients may end without a step
             self._update(self.finished + 1)
         if last and self._waiting:
-            warnings.warn(f"the target was not reached: {self._waiting}", stacklevel=2)
+            self.warn(f"the target was not reached: {self._waiting}")
 
     def after_validate(self) -> None:
         """Fill the columns."""
@@ -250,7 +259,7 @@ class ScheduledCallback(FitCallback):
         useless = self._useless_files() if self._training else {}
         super().after_fit()
         for saver, why in useless.items():
-            warnings.warn(f"{saver} loads nothing: {why}", stacklevel=2)
+            self.warn(f"{saver} loads nothing: {why}")
         for saver in useless:
             self._instead_of(saver, "after_fit", _nothing)
 
@@ -261,6 +270,11 @@ class ScheduledCallback(FitCallback):
         return "gradient" in self.criteria.needs
 
     def _start(self) -> None:
+        self._processes.must_agree(
+            (self.n_epoch, self.n_iter),
+            "all processes must train as many (epochs, batches an epoch), else they wait for each "
+            "other forever; inside of learn.distrib_ctx() fastai deals the data out evenly",
+        )
         self._total = self.n_epoch * self.n_iter
         self._updates = self.schedule.updates(self._total, self.n_iter)
         self._warn_of_span()
@@ -285,8 +299,11 @@ class ScheduledCallback(FitCallback):
     def _useless_files(self) -> dict[SaveModelCallback, str]:
         """What would load something else at the end of the fit than the best at the target."""
         savers = [cb for cb in self._trackers() if isinstance(cb, SaveModelCallback)]
-        reasons = {cb: self._why_useless(cb) for cb in savers if not cb.at_end}
-        return {cb: why for cb, why in reasons.items() if why}
+        savers = [cb for cb in savers if not cb.at_end]
+        if not savers:
+            return {}
+        reasons = self._processes.decided(lambda: [self._why_useless(cb) for cb in savers])
+        return {cb: why for cb, why in zip(savers, reasons, strict=True) if why}
 
     def _why_useless(self, saver: SaveModelCallback) -> str:
         if self._ahead:
@@ -328,23 +345,20 @@ class ScheduledCallback(FitCallback):
     def _warn_of_span(self) -> None:
         first, last = self._updates[0][0], self._updates[-1][0]
         if first > self._total or (first == self._total and len(self._updates) > 1):
-            warnings.warn(
+            self.warn(
                 f"the schedule never fires: it starts at step {first}, the fit has {self._total}; "
-                f"train longer or start it earlier, as in schedule.over(start=0.2)",
-                stacklevel=2,
+                f"train longer or start it earlier, as in schedule.over(start=0.2)"
             )
         elif last > self._total:
-            warnings.warn(
+            self.warn(
                 f"the target is not reached in this fit: the last update is due at step {last}, "
-                f"the fit has {self._total}; train longer, end it earlier or update more often",
-                stacklevel=2,
+                f"the fit has {self._total}; train longer, end it earlier or update more often"
             )
         elif max(share for _, share in self._updates) < 1:
             furthest = max(share for _, share in self._updates)
-            warnings.warn(
+            self.warn(
                 f"the schedule gets to {furthest:.0%} of the way to the target: it should go from "
-                f"progress to the share of the way, and reach 1",
-                stacklevel=2,
+                f"progress to the share of the way, and reach 1"
             )
 
     def _plot(self, ylabel: str, title: str, ax: Any = None) -> Any:

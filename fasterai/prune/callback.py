@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..core.criteria import Criterion, large_final
 from ..core.former import explain_former
 from ..core.masks import Limits, as_context, as_fraction
 from ..core.names import LayerChoice, as_choices
+from ..core.processes import must_renew, renew
 from ..core.schedule import Chain, Schedule, agp, goes_down
 from ..fit.callback import ScheduledCallback
 from ..measure.profile import macs
@@ -122,35 +122,47 @@ class PruneCallback(ScheduledCallback):
                 f"back: take one that rises, or SparsifyCallback for zeros that learn again"
             )
         check_optimizer(self.learn.opt, self.learn.model)
+        must_renew(self.learn.model)
         if self._pruner is None or not self._pruner.knows(self.learn.model):
-            self._pruner = self._pruner_of_model()
+            self._pruner = self._processes.together(self._pruner_of_model)
         else:
             self._pruner.watch()
         if not self.sparsity or not self._anything_free():
             return False
         self._pruner.try_criteria()  # one that fails does so before training
         if _is_compiled(self.learn.model) and not self.arrived():
-            warnings.warn(
+            self.warn(
                 f"the model is compiled: each of up to {len(self._updates)} cuts makes torch "
                 f"compile it anew, which may take longer than it saves; take fewer, as in "
-                f"schedule=agp.over(n_steps=3), or compile once it is small",
-                stacklevel=2,
+                f"schedule=agp.over(n_steps=3), or compile once it is small"
             )
         return True
 
     def go(self, share: float, before: float) -> None:
         """Cut as far as the schedule says."""
-        plan = self.agreed(self._pruner.plan_to(share * self.sparsity))
+        plan = self.agreed(lambda: self._pruner.plan_to(share * self.sparsity))
         if plan is not None:
             self._pruner.carry_out(plan, optimizer=self.learn.opt)
             self.after_cut()
 
-    def agreed(self, plan: Plan | None) -> Plan | None:
-        """The plan that all processes carry out; here there is one. None cuts nothing."""
-        return plan
+    def agreed(self, planned: Callable[[], Plan | None]) -> Plan | None:
+        """The plan that all processes carry out: that of the first. None cuts nothing."""
+        if not self._processes:
+            return planned()
+        own: list[Plan | None] = []
+
+        def text() -> str | None:
+            own.append(planned())
+            return own[0] and own[0].to_json()
+
+        told = self._processes.decided(text)
+        if own:
+            return own[0]
+        return Plan.from_json(told) if told else None
 
     def after_cut(self) -> None:
         """Renew what wraps the network and knows its old shapes."""
+        renew(self.learn.model)
         if _is_compiled(self.learn.model):
             torch.compiler.reset()  # else torch gives up after a few recompilations
 
@@ -199,11 +211,10 @@ class PruneCallback(ScheduledCallback):
     def _anything_free(self) -> bool:
         pruner = self._pruner
         if pruner.frozen_share > 0.1:
-            warnings.warn(
+            self.warn(
                 f"{pruner.frozen_share:.0%} of the units are frozen, stay and do not count; call "
                 f"learn.unfreeze() to prune them (fine_tune does so by itself after its first "
-                f"part)",
-                stacklevel=2,
+                f"part)"
             )
         elif not pruner.free:
             reasons = pruner.axes()["pinned"].tolist()

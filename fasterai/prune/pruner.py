@@ -14,6 +14,7 @@ from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.former import explain_former
 from ..core.masks import Limits, as_context, as_fraction
 from ..core.names import LayerChoice, pick
+from ..core.processes import refuse_sharded
 from ..coupling.couple import couple
 from ..coupling.labels import Dim, dims_of
 from ..coupling.probe import Removal
@@ -63,6 +64,7 @@ class Pruner:
         self.model = model
         self._whole_heads = whole_heads
         self._excluded = pick(model, exclude, "exclude")
+        refuse_sharded(model)
         self.inputs, counts = counted(model, example_inputs)
         self._plans: list[Plan] = []
         self.max_abs_diff: float | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -113,7 +112,7 @@ class SparsifyCallback(ScheduledCallback):
 
     def begin(self) -> bool:
         """See which groups there are and where they should go."""
-        self._sparsifier = sparsifier = self._sparsifier_of_model()
+        self._sparsifier = sparsifier = self._processes.together(self._sparsifier_of_model)
         if sparsifier is None:
             return False
         self._to = sparsifier.targets(self.sparsity)
@@ -182,14 +181,13 @@ class SparsifyCallback(ScheduledCallback):
         except NothingToSparsify as error:
             if not error.frozen:
                 raise
-            warnings.warn(f"{error}. Call learn.unfreeze() to sparsify frozen layers", stacklevel=2)
+            self.warn(f"{error}. Call learn.unfreeze() to sparsify frozen layers")
             return None
         if sparsifier.frozen_share > 0.1:
-            warnings.warn(
+            self.warn(
                 f"{sparsifier.frozen_share:.0%} of the weights are frozen, stay dense and do not "
                 f"count; call learn.unfreeze() to sparsify them (fine_tune does so by itself after "
-                f"its first part)",
-                stacklevel=2,
+                f"its first part)"
             )
         return sparsifier
 

@@ -14,6 +14,7 @@ from ..core.former import explain_former
 from ..core.granularity import Granularity
 from ..core.masks import Limits, apply_masks, as_context, choose_cuts, zero_marks
 from ..core.names import LayerChoice, plain, unknown_name, unwrapped
+from ..core.processes import Processes, refuse_sharded
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
 from ..core.records import Records, refuse_equal, stand_in
 from ..core.selection import Cut
@@ -114,6 +115,8 @@ class Sparsifier:
             raise ValueError(_PATTERNS_STAY)
         self.asked: tuple[float, ...] | None = None
         self._network = network = unwrapped(model)
+        refuse_sharded(network)
+        self._processes = Processes(model)
         choice = choose(
             network, self.granularity, layers, exclude, example_inputs, mixed, whole_heads
         )
@@ -230,21 +233,8 @@ class Sparsifier:
     def sparsify_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
         """Zero these fractions, see `targets`; on the way to those `asked` in the end."""
         self._refuse_pruned()
-        counts, rankings = self._counts(targets), self._rankings()
-        cuts: list[Cut | None] = [None] * len(rankings)
-        if self._more(counts, [r.held for r in rankings]):
-            scores = self.scores() if self._keeps_scores else []
-            if scores:
-                pairs = zip(scores, rankings, strict=True)
-                rankings = [ScoreRanking(lambda s=s: s, r.marks) for s, r in pairs]
-            sizes = [g.size for g in self._groups]
-            widths = [g.width for g in self._groups]
-            cuts = choose_cuts(rankings, counts, sizes=sizes, widths=widths, limits=self.limits)
-            if self._regrowth is not None:
-                gone = [zero_marks(r, cut) for r, cut in zip(rankings, cuts, strict=True)]
-                self._regrowth.went(gone, scores)
+        self._decide(lambda: self._zero(targets))
         self.asked = tuple(targets if asked is None else asked)
-        self._set(rankings, cuts)
         self.apply()
         self._records.renew()
 
@@ -255,11 +245,8 @@ class Sparsifier:
                 "nothing was kept to regrow by: make it with Sparsifier(regrow=True)"
             )
         self._refuse_pruned()
-        widths = [g.width for g in self._groups]
-        zero = self._regrowth.back(self._counts(targets), widths, self.limits.round_to)
+        self._decide(lambda: self._regrow(targets))
         self.asked = tuple(targets if asked is None else asked)
-        rankings = [ScoreRanking(list, z) for z in zero]  # of which only the marks count
-        self._set(rankings, [None] * len(rankings))
         self.apply()
         self._records.renew()
 
@@ -287,8 +274,42 @@ class Sparsifier:
         """Let go of the masks and of what the criterion needed; reports go on working."""
         self.masks, self._any, self._regrowth = {}, False, None
         self._records.release()
+        self.model, self._processes = self._network, Processes()
 
     # --- inside --------------------------------------------------------------------------------
+
+    def _decide(self, choose: Callable[[], None]) -> None:
+        """Choose what is zero; of several processes the first one does, and shares its masks."""
+
+        def zeros() -> int:
+            choose()
+            return self._zeros
+
+        self._zeros = self._processes.decided(zeros)
+        self._processes.share(self.masks.values())
+        self._any = self._zeros > 0
+
+    def _zero(self, targets: Sequence[float]) -> None:
+        counts, rankings = self._counts(targets), self._rankings()
+        cuts: list[Cut | None] = [None] * len(rankings)
+        if self._more(counts, [r.held for r in rankings]):
+            scores = self.scores() if self._keeps_scores else []
+            if scores:
+                pairs = zip(scores, rankings, strict=True)
+                rankings = [ScoreRanking(lambda s=s: s, r.marks) for s, r in pairs]
+            sizes = [g.size for g in self._groups]
+            widths = [g.width for g in self._groups]
+            cuts = choose_cuts(rankings, counts, sizes=sizes, widths=widths, limits=self.limits)
+            if self._regrowth is not None:
+                gone = [zero_marks(r, cut) for r, cut in zip(rankings, cuts, strict=True)]
+                self._regrowth.went(gone, scores)
+        self._set(rankings, cuts)
+
+    def _regrow(self, targets: Sequence[float]) -> None:
+        widths = [g.width for g in self._groups]
+        zero = self._regrowth.back(self._counts(targets), widths, self.limits.round_to)
+        rankings = [ScoreRanking(list, z) for z in zero]  # of which only the marks count
+        self._set(rankings, [None] * len(rankings))
 
     def _scores(self, records: Lookup) -> list[Tensor]:
         criterion, relative = self.criteria.reading(records), self.context == "global"
