@@ -6,4 +6,5 @@ from .core.schedule import *
 from .measure.pictures import *
 from .measure.profile import *
 from .prune.all import *
+from .score.all import *
 from .sparse.all import *

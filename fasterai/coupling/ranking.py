@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..core.criteria import Criterion
-from ..core.granularity import over_groups
+from ..core.granularity import along, over_groups
 from ..core.normalise import normalise
-from .labels import PRODUCE
-from .units import Axis
+from .labels import PRODUCE, SCALE
+from .units import Axis, Slot
 
 __all__ = ["ranked_bundles", "unit_scores", "zeroed_units"]
 
@@ -29,9 +29,12 @@ def unit_scores(
             criterion says, else by the mean, but not where its scores are added up.
     """
     total = size = None
+    scales = _scales(tensors, axis) if "scale" in criterion.wants else None
     for slot in axis.having(PRODUCE):
         weight = tensors[slot.parameter]
-        rows = over_groups(criterion(weight, slot.parameter), (slot.dim,), "sum").flatten()
+        given = {} if scales is None else {"scale": _in_rows(scales, slot, weight)}
+        scored = criterion(weight, slot.parameter, slot.dim, given)
+        rows = over_groups(scored, (slot.dim,), "sum").flatten()
         unit, index = slot.unit.to(weight.device), slot.index.to(weight.device)
         if total is None:
             total = torch.zeros(axis.size, dtype=rows.dtype, device=rows.device)
@@ -44,6 +47,37 @@ def unit_scores(
     scores = (total if summed else total / size)[free]
     norm = criterion.norm or (None if summed else "mean")
     return normalise(scores, norm if relative else None, axis.name)
+
+
+def _scales(tensors: Mapping[str, Tensor], axis: Axis) -> Tensor:
+    """(size,) the mean magnitude of the scales of each unit's norms.
+
+    Raises:
+        ValueError: no norm scales some of the free units.
+    """
+    total = count = torch.zeros(axis.size)
+    for slot in axis.having(SCALE):
+        if slot.parameter in tensors:
+            scale = tensors[slot.parameter].detach().abs()
+            scale = over_groups(scale, (slot.dim,), "mean").flatten()
+            total, count = total.to(scale), count.to(scale)
+            unit, own = slot.unit.to(scale.device), scale[slot.index.to(scale.device)]
+            total = total.index_add(0, unit, own)
+            count = count.index_add(0, unit, torch.ones_like(own))
+    if not bool(count[axis.free.to(count.device)].all()):
+        layers = ", ".join(map(repr, axis.producers))
+        raise ValueError(
+            f"no norm scales the filters of {axis.name!r}, so that they have no 'scale': leave "
+            f"them alone with exclude=[{layers}], or take another criterion"
+        )
+    return total / count.clamp(min=1)
+
+
+def _in_rows(values: Tensor, slot: Slot, weight: Tensor) -> Tensor:
+    """A value for each unit as one for each weight of its rows, of the weight's shape."""
+    rows = values.new_zeros(weight.shape[slot.dim])
+    rows[slot.index.to(values.device)] = values[slot.unit.to(values.device)]
+    return along(rows, slot.dim, weight.ndim).expand(weight.shape)
 
 
 def ranked_bundles(

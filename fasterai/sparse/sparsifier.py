@@ -126,7 +126,7 @@ class Sparsifier:
         self.masks: dict[str, Tensor] = {
             name: torch.ones_like(p, dtype=torch.uint8) for name, p in covered.items()
         }
-        self._records = Records(self.criteria.needs, covered)
+        self._records = Records(self.criteria.wants, covered)
         self._regrowth = Regrowth(self._held()) if regrow else None
         rankings = self._rankings()
         self._set(rankings, [None] * len(rankings))
@@ -284,7 +284,7 @@ class Sparsifier:
     def try_criteria(self) -> None:
         """Score once, with numbers in place of records, so that what fails does so early."""
         if self.criteria.needs:
-            self._scores(lambda _, name: stand_in(self._covered[name]))
+            self._scores(lambda need, name: stand_in(need, self._covered[name]))
             return
         for group in self._groups:
             ranking_of(group, self.criteria, relative=self.context == "global").check()

@@ -1,0 +1,161 @@
+"""Gathers what criteria need of a network, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.criteria import Criterion
+from ..core.gathered import GATHERED, Gathered
+from ..core.names import unwrapped
+from ..coupling.couple import couple
+from ..coupling.inputs import Inputs, plainly, run_quietly
+from .batches import Batch
+from .gradients import OF_GRADIENTS, Gradients
+from .inputs import InputNorms
+from .maps import OF_MAPS, Maps
+from .units import Units
+
+__all__ = ["Gatherer"]
+
+_PER_UNIT = ("filter_taylor", *OF_MAPS)
+
+
+class Gatherer:
+    """What criteria need, added up over batches; nothing stays on the model.
+
+    Args:
+        model: the network.
+        needs: what to gather, of `GATHERED` or `'gradient'`.
+        example_inputs: what the network runs on, to see which channels belong together.
+        names: the weights it is gathered of; default all.
+
+    Raises:
+        ValueError: inputs that the network cannot run on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        needs: Collection[str],
+        example_inputs: Any,
+        names: Collection[str] | None = None,
+    ) -> None:
+        self._model = network = unwrapped(model)
+        self._needs = tuple(needs)
+        self._weights = {
+            name: p
+            for name, p in network.named_parameters()
+            if p.is_floating_point() and p.ndim > 1 and (names is None or name in names)
+        }
+        self._shapes = {name: p.shape for name, p in network.named_parameters()}
+        units = self._maps = None
+        if any(need in _PER_UNIT for need in needs):
+            inputs = Inputs.fitting(network, example_inputs)
+            coupling = couple(network, inputs)
+            units = Units(coupling)
+            if any(need in OF_MAPS for need in needs):
+                self._maps = Maps(network, inputs, coupling, units, needs)
+        self._gradients = Gradients(self._weights, needs, units)
+        self._norms = InputNorms(network, self._weights) if "input_norm" in needs else None
+        self._by_batch = {n for n in needs if n in OF_GRADIENTS and n != "fisher"}
+
+    def reset(self) -> None:
+        """Start anew."""
+        for part in (self._gradients, self._maps, self._norms):
+            if part is not None:
+                part.reset()
+
+    @property
+    def takes_loss(self) -> bool:
+        """Whether a batch needs a loss."""
+        return any(need in (*OF_GRADIENTS, "map_taylor") for need in self._needs)
+
+    @contextmanager
+    def ready(self, training: bool = False) -> Iterator[None]:
+        """While this lasts batches may be added; the model is put back afterwards."""
+        frozen = [p for p in self._weights.values() if not p.requires_grad]
+        try:
+            for p in frozen:
+                p.requires_grad_(True)
+            with run_quietly(self._model, training), plainly():
+                yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+    def add(self, batch: Batch, loss_func: Callable[..., Tensor] | None) -> None:
+        """Run the network on a batch, and backwards where that is needed."""
+        if self._by_batch or self._maps is not None or self._norms is not None:
+            gates = self._maps is not None and "map_taylor" in self._needs
+            with torch.set_grad_enabled(bool(self._by_batch) or gates):
+                self._add(batch, loss_func, gates)
+        if "fisher" in self._needs:
+            with torch.enable_grad():
+                for one in batch.each():
+                    loss = _loss_of(one.inputs(self._model), one, loss_func)
+                    self._gradients.add(self._gradients_of(loss, [])[0], ["fisher"])
+
+    def step(self) -> None:
+        """Add the gradients that `loss.backward()` left, without a look at them.
+
+        Of single examples there are none: `'fisher'` takes those of the batch.
+        """
+        own = {name: p.grad for name, p in self._weights.items()}
+        self._gradients.add(own, OF_GRADIENTS)
+
+    def gathered(self) -> Gathered:
+        """What was gathered up to now."""
+        found = self._gradients.found()
+        if self._maps is not None:
+            found |= self._maps.found(self._shapes)
+        if self._norms is not None:
+            found["input_norm"] = self._norms.found()
+        return Gathered(found, self._shapes)
+
+    def seen(self, criterion: Criterion) -> Criterion:
+        """The criterion with what was gathered up to now."""
+        return replace(criterion, data=self.gathered())
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _add(self, batch: Batch, loss_func: Callable[..., Tensor] | None, gates: bool) -> None:
+        with ExitStack() as stack:
+            if self._maps is not None:
+                stack.enter_context(self._maps.watching(batch.size))
+            if self._norms is not None:
+                stack.enter_context(self._norms.watching())
+            out = batch.inputs(self._model)
+        if not torch.is_grad_enabled():
+            return
+        loss = _loss_of(out, batch, loss_func)
+        own, of_gates = self._gradients_of(loss, self._maps.gates if gates else [])
+        self._gradients.add(own, self._by_batch)
+        if gates:
+            self._maps.add(of_gates)
+
+    def _gradients_of(
+        self, loss: Tensor, gates: list[Tensor]
+    ) -> tuple[dict[str, Tensor | None], list[Tensor | None]]:
+        weights = self._weights if self._by_batch or not gates else {}
+        wanted = [*weights.values(), *gates]
+        found = torch.autograd.grad(loss, wanted, allow_unused=True)
+        return dict(zip(weights, found, strict=False)), list(found[len(weights) :])
+
+
+def _loss_of(out: Any, batch: Batch, loss_func: Callable[..., Tensor] | None) -> Tensor:
+    if loss_func is None:
+        raise ValueError("gradients need a loss: pass loss_func, as in loss_func=learn.loss_func")
+    loss = loss_func(out, *batch.targets)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"loss_func must return the mean loss of a batch, a number that depends on the "
+            f"weights, got {got}"
+        )
+    return loss.squeeze()
