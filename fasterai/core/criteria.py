@@ -2,8 +2,8 @@
 
 A criterion maps a weight to scores of the same shape. Most see the weight as it is. Others compare
 it with what it was at the start (`'initial'`) or at the last update of the zeros (`'previous'`),
-or see its gradient (`'gradient'`), the scale of the norm behind it (`'scale'`), or what was gathered
-on data (see `GATHERED`, and `fasterai.score`); each says in `needs` what it takes beside the weight.
+see its gradient (`'gradient'`), the scale of the norm behind it (`'scale'`), or what was gathered
+on data (`GATHERED`, by `fasterai.score`); each says in `needs` what it takes beside the weight.
 
 Sources: `large_final` averaged over a group is the group's L1 norm by its size, the criterion of
 Li et al., "Pruning Filters for Efficient ConvNets", 2017, https://arxiv.org/abs/1608.08710. Those
@@ -13,11 +13,12 @@ of Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
 https://arxiv.org/abs/1906.10771, eq. 8. `movmag` is near to Sanh et al., "Movement Pruning",
 2020, https://arxiv.org/abs/2005.07683: they add up `-w * dL/dw` over the steps, which is
 the weight times its movement, with the sign. `fpgm` is the geometric median of He et al., "Filter
-Pruning via Geometric Median", 2019, https://arxiv.org/abs/1811.00250, eq. 6. `norm_scale` is the
-criterion of Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", 2017,
+Pruning via Geometric Median", 2019, https://arxiv.org/abs/1811.00250: the sum of the distances of a
+filter to all of its layer, the least of which is nearest to it. `norm_scale` is the criterion of Liu
+et al., "Learning Efficient Convolutional Networks through Network Slimming", 2017,
 https://arxiv.org/abs/1708.06519. `snip` is that of Lee et al., "SNIP: Single-shot Network Pruning
-based on Connection Sensitivity", 2019, https://arxiv.org/abs/1810.02340, eq. 6, without the sum
-over the network that it is divided by, which is the same for all weights.
+based on Connection Sensitivity", 2019, https://arxiv.org/abs/1810.02340, without the sum over the
+network that it is divided by, which is the same for all weights.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Criterion:
             is; the scale is the mean magnitude of the scales of the norms behind a filter, for
             each of its weights; the others are gathered by `score` or by a callback.
         norm: how the scores of a layer are normalised where they are ranked with those of other
-            layers, see `normalised`.
+            layers, see `normalised`; `'none'` not at all.
         records: where the initial and previous weights are found; set by what keeps them.
         elementwise: whether the score of an element depends on this element alone. Such scores
             are computed a piece of the weight at a time, again whenever they are needed; others
@@ -114,6 +115,8 @@ class Criterion:
             raise ValueError(f"needs must be among {', '.join(NEEDS)}, got {unknown[0]!r}")
         if self.norm not in (None, *NORMS):
             raise ValueError(f"scores are normalised by {', '.join(NORMS)}, got {self.norm!r}")
+        if self.elementwise and self.by_filter:
+            raise ValueError("a criterion scores elements or whole filters, not both")
         object.__setattr__(self, "needs", needs)
 
     @property
@@ -183,7 +186,8 @@ class Criterion:
             norm: `'mean'` divides by the mean absolute score, `'l2'` by the L2 norm of all scores;
                 `'lamp'` squares them and divides each by the sum of those at least as large,
                 which for `large_final` and single weights is LAMP; see `normalise`. None is as
-                without: units by their mean, unless they are summed, and others as they are.
+                without: units by their mean, unless they are summed, and others as they are;
+                `'none'` leaves units as they are, too.
         """
         return replace(self, norm=norm)
 

@@ -59,7 +59,8 @@ class Gathered:
                 f"Leave its layer out, as in exclude=[{name.rpartition('.')[0]!r}], or take "
                 f"another criterion"
             )
-        return known[name].to(weight.device).expand(weight.shape)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        return known[name].to(weight.device, exact).expand(weight.shape)
 
 
 def _names(name: str) -> tuple[str, ...]:

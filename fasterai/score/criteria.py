@@ -2,17 +2,18 @@
 
 They are gathered by `score` over a loader, or by a callback while training.
 
-Sources: `taylor` and `taylor_filter` are Molchanov et al., "Importance Estimation for Neural Network
-Pruning", 2019, https://arxiv.org/abs/1906.10771, eq. 9 and 8: the squared first-order change of the
-loss with a weight, and with a whole filter, for each batch, averaged over batches. `taylor_maps` is
+Sources: `taylor` and `taylor_filter` are Molchanov et al., "Importance Estimation for Neural
+Network Pruning", 2019, https://arxiv.org/abs/1906.10771: the squared first-order change of the loss
+with a weight alone, and with a whole filter, of each batch, averaged over batches. `taylor_maps` is
 Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", 2017,
-https://arxiv.org/abs/1611.06440, eq. 8 and 9: the mean over examples of the absolute value of the
-mean over a feature map of activation * gradient, divided by the L2 norm of its layer's.
-`mean_activation` is compared with it there. `obd` is LeCun et al., "Optimal Brain Damage", 1990, eq.
-5, with the diagonal of the empirical Fisher matrix for that of the Hessian. `apoz` is Hu et al.,
-"Network Trimming", 2016, https://arxiv.org/abs/1607.03250, eq. 1, whose average percentage of zeros
-it subtracts from 1. `wanda` is Sun et al., "A Simple and Effective Pruning Approach for Large Language
-Models", 2023, https://arxiv.org/abs/2306.11695, eq. 1.
+https://arxiv.org/abs/1611.06440: the mean over examples of the absolute value of the mean over a
+feature map of activation * gradient, divided by the L2 norm of its layer's;
+`taylor_maps.normalised('none')` is without. `mean_activation` is compared with it there. `obd` is
+LeCun et al., "Optimal Brain Damage", 1990, with the diagonal of the empirical Fisher matrix for
+that of the Hessian; with gradients of batches, not of examples, it would be half of `taylor`.
+`apoz` is Hu et al., "Network Trimming", 2016, https://arxiv.org/abs/1607.03250, whose average
+percentage of zeros is subtracted from 1. `wanda` is Sun et al., "A Simple and Effective Pruning
+Approach for Large Language Models", 2023, https://arxiv.org/abs/2306.11695.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.criteria import Criterion
-from ..core.gathered import GATHERED, Gathered
+from ..core.gathered import Gathered
 from ..core.names import unwrapped
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs, plainly, run_quietly
@@ -33,7 +33,7 @@ class Gatherer:
         model: the network.
         needs: what to gather, of `GATHERED` or `'gradient'`.
         example_inputs: what the network runs on, to see which channels belong together.
-        names: the weights it is gathered of; default all.
+        names: the weights that are to be scored; default all.
 
     Raises:
         ValueError: inputs that the network cannot run on.
@@ -51,14 +51,17 @@ class Gatherer:
         self._weights = {
             name: p
             for name, p in network.named_parameters()
-            if p.is_floating_point() and p.ndim > 1 and (names is None or name in names)
+            if p.is_floating_point() and p.ndim > 1
+            if names is None
+            or name in names
+            or "filter_taylor" in needs  # which adds up coupled ones
         }
         self._shapes = {name: p.shape for name, p in network.named_parameters()}
         units = self._maps = None
         if any(need in _PER_UNIT for need in needs):
             inputs = Inputs.fitting(network, example_inputs)
             coupling = couple(network, inputs)
-            units = Units(coupling)
+            units = Units(coupling, next(network.parameters()).device)
             if any(need in OF_MAPS for need in needs):
                 self._maps = Maps(network, inputs, coupling, units, needs)
         self._gradients = Gradients(self._weights, needs, units)
@@ -72,9 +75,15 @@ class Gatherer:
                 part.reset()
 
     @property
-    def takes_loss(self) -> bool:
-        """Whether a batch needs a loss."""
-        return any(need in (*OF_GRADIENTS, "map_taylor") for need in self._needs)
+    def watches(self) -> bool:
+        """Whether the network must be watched while it runs."""
+        return self._maps is not None or self._norms is not None
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether the network was cut meanwhile."""
+        own = {name: p.shape for name, p in self._model.named_parameters()}
+        return own != self._shapes
 
     @contextmanager
     def ready(self, training: bool = False) -> Iterator[None]:
@@ -91,15 +100,14 @@ class Gatherer:
 
     def add(self, batch: Batch, loss_func: Callable[..., Tensor] | None) -> None:
         """Run the network on a batch, and backwards where that is needed."""
-        if self._by_batch or self._maps is not None or self._norms is not None:
-            gates = self._maps is not None and "map_taylor" in self._needs
-            with torch.set_grad_enabled(bool(self._by_batch) or gates):
-                self._add(batch, loss_func, gates)
+        if self._by_batch or self.watches:
+            self._add(batch, loss_func, self._by_batch)
         if "fisher" in self._needs:
             with torch.enable_grad():
                 for one in batch.each():
                     loss = _loss_of(one.inputs(self._model), one, loss_func)
-                    self._gradients.add(self._gradients_of(loss, [])[0], ["fisher"])
+                    own, _ = _gradients(loss, self._weights, [])
+                    self._gradients.add(own, ["fisher"])
 
     def step(self) -> None:
         """Add the gradients that `loss.backward()` left, without a look at them.
@@ -108,6 +116,22 @@ class Gatherer:
         """
         own = {name: p.grad for name, p in self._weights.items()}
         self._gradients.add(own, OF_GRADIENTS)
+
+    def look(self, batch: Batch, loss_func: Callable[..., Tensor] | None) -> None:
+        """See on this batch alone what `step` cannot tell, in eval mode."""
+        for part in filter(None, (self._maps, self._norms)):
+            part.reset()
+        with self.ready():
+            self._add(batch, loss_func, ())
+
+    def trial(self, criterion: Criterion) -> Criterion:
+        """The criterion with ones for whatever there will be numbers for, to see if that is all."""
+        data = self.gathered()
+        found = {
+            need: {name: torch.ones_like(x) for name, x in own.items()}
+            for need, own in data.found.items()
+        }
+        return replace(criterion, data=replace(data, found=found))
 
     def gathered(self) -> Gathered:
         """What was gathered up to now."""
@@ -124,28 +148,34 @@ class Gatherer:
 
     # --- inside --------------------------------------------------------------------------------
 
-    def _add(self, batch: Batch, loss_func: Callable[..., Tensor] | None, gates: bool) -> None:
-        with ExitStack() as stack:
-            if self._maps is not None:
-                stack.enter_context(self._maps.watching(batch.size))
-            if self._norms is not None:
-                stack.enter_context(self._norms.watching())
-            out = batch.inputs(self._model)
-        if not torch.is_grad_enabled():
-            return
-        loss = _loss_of(out, batch, loss_func)
-        own, of_gates = self._gradients_of(loss, self._maps.gates if gates else [])
-        self._gradients.add(own, self._by_batch)
-        if gates:
+    def _add(
+        self, batch: Batch, loss_func: Callable[..., Tensor] | None, needs: Collection[str]
+    ) -> None:
+        """Run the network, watch it, and gather these needs of the weights' gradients."""
+        gated = "map_taylor" in self._needs
+        with torch.set_grad_enabled(gated or bool(needs)):
+            with ExitStack() as stack:
+                if self._maps is not None:
+                    stack.enter_context(self._maps.watching(batch.size))
+                if self._norms is not None:
+                    stack.enter_context(self._norms.watching())
+                out = batch.inputs(self._model)
+            if not torch.is_grad_enabled():
+                return
+            loss = _loss_of(out, batch, loss_func)
+            weights = self._weights if needs else {}
+            own, of_gates = _gradients(loss, weights, self._maps.gates if gated else [])
+        self._gradients.add(own, needs)
+        if gated:
             self._maps.add(of_gates)
 
-    def _gradients_of(
-        self, loss: Tensor, gates: list[Tensor]
-    ) -> tuple[dict[str, Tensor | None], list[Tensor | None]]:
-        weights = self._weights if self._by_batch or not gates else {}
-        wanted = [*weights.values(), *gates]
-        found = torch.autograd.grad(loss, wanted, allow_unused=True)
-        return dict(zip(weights, found, strict=False)), list(found[len(weights) :])
+
+def _gradients(
+    loss: Tensor, weights: Mapping[str, Tensor], gates: list[Tensor]
+) -> tuple[dict[str, Tensor | None], list[Tensor | None]]:
+    wanted = [*weights.values(), *gates]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return dict(zip(weights, found, strict=False)), list(found[len(weights) :])
 
 
 def _loss_of(out: Any, batch: Batch, loss_func: Callable[..., Tensor] | None) -> Tensor:

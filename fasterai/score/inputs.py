@@ -40,7 +40,8 @@ class InputNorms:
 
     def reset(self) -> None:
         """Start anew."""
-        self._squares: dict[str, Tensor] = {}
+        layers = self._layers.values()
+        self._squares = {k: m.weight.new_zeros([1] * m.weight.ndim) for m, k in layers}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -55,9 +56,7 @@ class InputNorms:
     def _look(self, name: str, call: int, x: Tensor) -> None:
         layer, weight = self._layers[name]
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        seen = _squares(layer, x)
-        known = self._squares.get(weight)
-        self._squares[weight] = seen if known is None else known + seen
+        self._squares[weight] = self._squares[weight].to(x) + _squares(layer, x)
 
 
 def _squares(layer: nn.Module, x: Tensor) -> Tensor:

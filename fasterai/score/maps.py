@@ -47,10 +47,12 @@ class Maps:
         read, made = find_places(model, inputs, coupling)
         self._read, self._made = self._located(read), self._located(made)
         seen = self._mark(self._read)
-        self._unread = {
-            name: [tuple(torch.where(seen[ids], units.size, ids) for ids in own) for own in calls]
-            for name, calls in self._made.items()
-        }
+        self._unread = self._inside(
+            {
+                name: [tuple(ids.masked_fill(seen[ids], units.size) for ids in f) for f in calls]
+                for name, calls in self._made.items()
+            }
+        )
         self._seen = seen | self._mark(self._unread)
         self.reset()
 
@@ -105,8 +107,9 @@ class Maps:
         """The means, by need and weight; without weights of whose filters nothing was seen."""
         means = {}
         for need in self._needs:
-            count = self._examples if need == "map_taylor" else self._sums["count"]
-            known = (self._sums[need] / count).masked_fill(~self._seen, torch.nan)[:-1]
+            count = self._sums["count"].clamp(min=1)
+            known = self._sums[need] / (max(self._examples, 1) if need == "map_taylor" else count)
+            known = known.masked_fill(~self._seen, torch.nan)[:-1]
             means[need] = self._units.spread(known, shapes)
         return means
 
@@ -114,14 +117,23 @@ class Maps:
 
     def _located(self, places: Places) -> Places:
         """The units of the channels, in place of their classes; examples come first."""
-        units, size = self._units, self._units.size
-        found = {}
-        for name, calls in places.items():
-            own = [tuple(units.of(x).to(self._device) for x in fields) for fields in calls]
-            found[name] = [
-                tuple(ids for ids in fields if ids.shape[0] == 1 and bool((ids < size).any()))
-                for fields in own
-            ]
+        return self._inside(
+            {
+                name: [
+                    tuple(self._units.of(x.to(self._device)) for x in fields if len(x) == 1)
+                    for fields in calls
+                ]
+                for name, calls in places.items()
+            }
+        )
+
+    def _inside(self, places: Places) -> Places:
+        """Only where there are units."""
+        size = self._units.size
+        found = {
+            name: [tuple(ids for ids in fields if bool((ids < size).any())) for fields in calls]
+            for name, calls in places.items()
+        }
         return {name: calls for name, calls in found.items() if any(calls)}
 
     def _mark(self, places: Places) -> Tensor:

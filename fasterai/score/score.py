@@ -90,7 +90,8 @@ def _gather(
         for each in batches:
             batch = as_batch(each, network, n_inp)
             if gatherer is None:
-                gatherer = Gatherer(network, needs, batch.inputs)
+                example = batch.inputs.kwargs or batch.inputs.args
+                gatherer = Gatherer(network, needs, example)
                 stack.enter_context(gatherer.ready(training))
             gatherer.add(batch, loss_func)
     if gatherer is None:
@@ -108,7 +109,8 @@ def _first(dl: Iterable[Any], n_batches: int | None) -> tuple[Iterator[Any], int
         raise ValueError(f"n_batches must be at least 1, or None for all, got {n_batches!r}")
     known = len(dl) if isinstance(dl, Sized) else None
     counts = [n for n in (n_batches, known) if n is not None]
-    return islice(dl, n_batches), min(counts, default=None)
+    lazily = (batch for one in (dl,) for batch in islice(one, n_batches))  # torch draws in iter()
+    return lazily, min(counts, default=None)
 
 
 def _needs(asked: Sequence[Criterion]) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ class Units:
 
     Args:
         coupling: the axes.
+        device: where all tensors are.
 
     Attributes:
         size: U, how many there are.
@@ -24,47 +27,43 @@ class Units:
             (P,) filters, (P,) their units).
     """
 
-    def __init__(self, coupling: Coupling) -> None:
-        starts, self.size = [], 0
+    def __init__(self, coupling: Coupling, device: torch.device) -> None:
+        self.size = sum(axis.size for axis in coupling.axes)
+        of_class = torch.full((len(coupling.analysis.classes) + 1,), self.size)
+        free = torch.zeros(self.size, dtype=torch.bool)
+        self.rows: list[tuple[str, int, Tensor, Tensor]] = []
+        start = 0
         for axis in coupling.axes:
-            starts.append(self.size)
-            self.size += axis.size
-        placed = list(zip(starts, coupling.axes, strict=True))
-        self._of_class = torch.full((len(coupling.analysis.classes) + 1,), self.size)
-        self._free = torch.zeros(self.size, dtype=torch.bool)
-        for start, axis in placed:
-            self._of_class[axis.classes] = start + torch.arange(axis.size)
-            self._free[start + axis.free] = True
-        self.rows = [
-            (slot.parameter, slot.dim, slot.index, start + slot.unit)
-            for start, axis in placed
-            for slot in axis.having(PRODUCE)
-        ]
+            of_class[axis.classes] = start + torch.arange(axis.size)
+            free[start + axis.free] = True
+            for slot in axis.having(PRODUCE):
+                index, unit = slot.index.to(device), (start + slot.unit).to(device)
+                self.rows.append((slot.parameter, slot.dim, index, unit))
+            start += axis.size
+        self._of_class, self._free = of_class.to(device), free.to(device)
 
     def of(self, classes: Tensor) -> Tensor:
         """The units of channels by their classes; `size` for what belongs to none."""
         return self._of_class[classes]  # a constant, -1, is in the last place
 
-    def spread(self, values: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    def spread(self, values: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """For each weight, its filters' values, to be broadcast to its shape.
 
-        A weight with a free filter of which nothing is known is left out. Pinned filters of which
-        nothing is known are given the highest value.
+        Weights without a shape, and those with a free filter of which nothing is known, are left
+        out. Pinned filters of which nothing is known are given the highest value.
 
         Args:
             values: (U,), nan where nothing is known.
             shapes: of the weights by name.
         """
         found: dict[str, Tensor] = {}
-        dims = {name: dim for name, dim, _, _ in reversed(self.rows)}
+        dims = {name: dim for name, dim, _, _ in reversed(self.rows) if name in shapes}
         for name, dim in dims.items():
             known = values.new_full((shapes[name][dim],), torch.nan)
-            free = torch.zeros(len(known), dtype=torch.bool, device=values.device)
+            free = torch.zeros_like(known, dtype=torch.bool)
             for other, over, index, unit in self.rows:
-                if other == name and over == dim:
-                    index, unit = index.to(values.device), unit.to(values.device)
-                    known[index] = values[unit]
-                    free[index] = self._free.to(values.device)[unit]
+                if (other, over) == (name, dim):
+                    known[index], free[index] = values[unit], self._free[unit]
             unknown = known.isnan()
             if not bool((unknown & free).any() | unknown.all()):
                 known = torch.where(unknown, known.nan_to_num(-torch.inf).max(), known)
