@@ -443,8 +443,12 @@ def test_filters_go_by_the_scale_of_their_norms():
 def test_without_a_norm_there_is_no_scale():
     x = batches()[0][0]
     model = net(Plain)
-    with pytest.raises(ValueError, match=r"no norm scales the filters of 'a'.*exclude=\['a'\]"):
-        Pruner(model, x).prune_model(0.5, criteria=norm_scale)
+    for where in (
+        lambda: Pruner(model, x).prune_model(0.5, criteria=norm_scale),
+        lambda: Sparsifier(model, "filter", criteria=norm_scale, example_inputs=x),
+    ):
+        with pytest.raises(ValueError, match=r"needs a norm .*'a': .*exclude=\['a', 'b', 'fc1'\]"):
+            where()
     with pytest.raises(ValueError, match="take granularity='filter'"):
         Sparsifier(net(Residual), "weight", criteria=norm_scale, example_inputs=x).try_criteria()
     Pruner(net(Residual), x).prune_model(0.5, context="global", criteria=norm_scale)

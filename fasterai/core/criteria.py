@@ -13,9 +13,9 @@ of Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
 https://arxiv.org/abs/1906.10771, eq. 8. `movmag` is near to Sanh et al., "Movement Pruning",
 2020, https://arxiv.org/abs/2005.07683: they add up `-w * dL/dw` over the steps, which is
 the weight times its movement, with the sign. `fpgm` is the geometric median of He et al., "Filter
-Pruning via Geometric Median", 2019, https://arxiv.org/abs/1811.00250: the sum of the distances of a
-filter to all of its layer, the least of which is nearest to it. `norm_scale` is the criterion of Liu
-et al., "Learning Efficient Convolutional Networks through Network Slimming", 2017,
+Pruning via Geometric Median", 2019, https://arxiv.org/abs/1811.00250: the sum of the distances of
+a filter to all of its layer, the least of which is nearest to it. `norm_scale` is the criterion of
+Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", 2017,
 https://arxiv.org/abs/1708.06519. `snip` is that of Lee et al., "SNIP: Single-shot Network Pruning
 based on Connection Sensitivity", 2019, https://arxiv.org/abs/1810.02340, without the sum over the
 network that it is divided by, which is the same for all weights.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..core.normalise import normalise
 from .labels import PRODUCE, SCALE
 from .units import Axis, Slot
 
-__all__ = ["ranked_bundles", "unit_scores", "zeroed_units"]
+__all__ = ["ranked_bundles", "require_scales", "unit_scores", "zeroed_units"]
 
 
 def unit_scores(
@@ -29,7 +29,8 @@ def unit_scores(
             criterion says, else by the mean, but not where its scores are added up.
     """
     total = size = None
-    scales = _scales(tensors, axis) if "scale" in criterion.wants else None
+    require_scales(tensors, [axis], criterion)
+    scales = _scales(tensors, axis).nan_to_num(0) if "scale" in criterion.wants else None
     for slot in axis.having(PRODUCE):
         weight = tensors[slot.parameter]
         given = {} if scales is None else {"scale": _in_rows(scales, slot, weight)}
@@ -49,28 +50,33 @@ def unit_scores(
     return normalise(scores, norm if relative else None, axis.name)
 
 
-def _scales(tensors: Mapping[str, Tensor], axis: Axis) -> Tensor:
-    """(size,) the mean magnitude of the scales of each unit's norms.
+def require_scales(
+    tensors: Mapping[str, Tensor], axes: Iterable[Axis], criterion: Criterion
+) -> None:
+    """Raise a ValueError where a criterion needs scales, and no norm scales some free units."""
+    if "scale" not in criterion.wants:
+        return
+    bare = [axis for axis in axes if _scales(tensors, axis)[axis.free].isnan().any()]
+    if bare:
+        layers = ", ".join(repr(name) for axis in bare for name in axis.producers)
+        raise ValueError(
+            f"criterion {criterion.name!r} needs a norm behind each layer, and none scales all "
+            f"filters of {bare[0].name!r}: leave such layers out, as in exclude=[{layers}], or "
+            f"take another criterion"
+        )
 
-    Raises:
-        ValueError: no norm scales some of the free units.
-    """
-    total = count = torch.zeros(axis.size)
+
+def _scales(tensors: Mapping[str, Tensor], axis: Axis) -> Tensor:
+    """(size,) the mean magnitude of the scales of each unit's norms; nan where there is none."""
+    found = torch.zeros(2, axis.size)  # their sum and number
     for slot in axis.having(SCALE):
         if slot.parameter in tensors:
             scale = tensors[slot.parameter].detach().abs()
             scale = over_groups(scale, (slot.dim,), "mean").flatten()
-            total, count = total.to(scale), count.to(scale)
-            unit, own = slot.unit.to(scale.device), scale[slot.index.to(scale.device)]
-            total = total.index_add(0, unit, own)
-            count = count.index_add(0, unit, torch.ones_like(own))
-    if not bool(count[axis.free.to(count.device)].all()):
-        layers = ", ".join(map(repr, axis.producers))
-        raise ValueError(
-            f"no norm scales the filters of {axis.name!r}, so that they have no 'scale': leave "
-            f"them alone with exclude=[{layers}], or take another criterion"
-        )
-    return total / count.clamp(min=1)
+            own = scale[slot.index.to(scale.device)]
+            found = found.to(own)
+            found.index_add_(1, slot.unit.to(own.device), torch.stack([own, torch.ones_like(own)]))
+    return found[0] / found[1]
 
 
 def _in_rows(values: Tensor, slot: Slot, weight: Tensor) -> Tensor:

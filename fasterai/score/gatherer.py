@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.criteria import Criterion
@@ -118,11 +119,18 @@ class Gatherer:
         self._gradients.add(own, OF_GRADIENTS)
 
     def look(self, batch: Batch, loss_func: Callable[..., Tensor] | None) -> None:
-        """See on this batch alone what `step` cannot tell, in eval mode."""
-        for part in filter(None, (self._maps, self._norms)):
+        """See on this batch alone what `step` cannot tell, in eval mode.
+
+        Where several processes train one network, it is the batches of all of them.
+        """
+        parts = [part for part in (self._maps, self._norms) if part is not None]
+        for part in parts:
             part.reset()
         with self.ready():
             self._add(batch, loss_func, ())
+        if dist.is_available() and dist.is_initialized():
+            for own in (x for part in parts for x in part.sums.values()):
+                dist.all_reduce(own)
 
     def trial(self, criterion: Criterion) -> Criterion:
         """The criterion with ones for whatever there will be numbers for, to see if that is all."""

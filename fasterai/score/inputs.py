@@ -26,6 +26,9 @@ class InputNorms:
     Args:
         model: the network.
         weights: its weights by name; those of other layers are left out.
+
+    Attributes:
+        sums: of the squares, for each weight to be broadcast to its shape.
     """
 
     def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
@@ -41,7 +44,7 @@ class InputNorms:
     def reset(self) -> None:
         """Start anew."""
         layers = self._layers.values()
-        self._squares = {k: m.weight.new_zeros([1] * m.weight.ndim) for m, k in layers}
+        self.sums = {k: m.weight.new_zeros([1] * m.weight.ndim) for m, k in layers}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -51,12 +54,12 @@ class InputNorms:
 
     def found(self) -> dict[str, Tensor]:
         """The norms, for each weight to be broadcast to its shape."""
-        return {name: squares.sqrt() for name, squares in self._squares.items()}
+        return {name: squares.sqrt() for name, squares in self.sums.items()}
 
     def _look(self, name: str, call: int, x: Tensor) -> None:
         layer, weight = self._layers[name]
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        self._squares[weight] = self._squares[weight].to(x) + _squares(layer, x)
+        self.sums[weight] = self.sums[weight].to(x) + _squares(layer, x)
 
 
 def _squares(layer: nn.Module, x: Tensor) -> Tensor:

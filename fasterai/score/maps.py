@@ -31,6 +31,9 @@ class Maps:
         coupling: what is known of its channels.
         units: its units.
         needs: which of `OF_MAPS` to gather.
+
+    Attributes:
+        sums: what was added up.
     """
 
     def __init__(
@@ -59,8 +62,8 @@ class Maps:
     def reset(self) -> None:
         """Start anew."""
         size = self._units.size + 1  # the last one for what is in no unit
-        self._sums = {what: self._zeros(size) for what in (*self._needs, "count")}
-        self._examples = 0
+        self.sums = {what: self._zeros(size) for what in (*self._needs, "count")}
+        self.sums["examples"] = self._zeros(1)
         self._gates: list[tuple[Tensor, Tensor]] = []
 
     @contextmanager
@@ -78,7 +81,7 @@ class Maps:
                 own = look(places)
                 stack.enter_context(looking(self._model, places, own, after=True))
             yield
-        self._examples += examples
+        self.sums["examples"] += examples
 
     @property
     def gates(self) -> list[Tensor]:
@@ -100,15 +103,15 @@ class Maps:
         made, read = self._positions["made"], self._positions["read"]
         positions = torch.where(made > 0, made, read.clamp(min=1))
         each = total * self._now / positions  # a loss of each example, not of the mean of all
-        self._sums["map_taylor"] += each.abs().sum(0)
+        self.sums["map_taylor"] += each.abs().sum(0)
         self._gates = []
 
     def found(self, shapes: Mapping[str, torch.Size]) -> dict[str, dict[str, Tensor]]:
         """The means, by need and weight; without weights of whose filters nothing was seen."""
         means = {}
         for need in self._needs:
-            count = self._sums["count"].clamp(min=1)
-            known = self._sums[need] / (max(self._examples, 1) if need == "map_taylor" else count)
+            count = self.sums["examples" if need == "map_taylor" else "count"]
+            known = self.sums[need] / count.clamp(min=1)
             known = known.masked_fill(~self._seen, torch.nan)[:-1]
             means[need] = self._units.spread(known, shapes)
         return means
@@ -172,12 +175,12 @@ class Maps:
         others = [d for d in range(x.ndim) if ids.shape[d] == 1]
         for need in needs:
             seen = x if need == "activation" else x == 0
-            self._put(need, seen.sum(others, dtype=self._sums[need].dtype), ids)
+            self._put(need, seen.sum(others, dtype=self.sums[need].dtype), ids)
         if needs:
             self._put("count", torch.full_like(ids, x.numel() // ids.numel()), ids)
 
     def _put(self, what: str, values: Tensor, ids: Tensor) -> None:
-        sums = self._sums[what]
+        sums = self.sums[what]
         sums.index_add_(0, ids.flatten(), values.to(sums.dtype).flatten())
 
     def _size(self, where: str, x: Tensor, ids: Tensor) -> None:

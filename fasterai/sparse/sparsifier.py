@@ -16,9 +16,10 @@ from ..core.masks import Limits, apply_masks, as_fraction, choose_cuts, zero_mar
 from ..core.names import LayerChoice, plain, unknown_name, unwrapped
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
 from ..core.selection import Cut
+from ..coupling.ranking import require_scales
 from ..measure.profile import macs
 from .choose import choose
-from .groups import Groups, ranking_of, write_cut
+from .groups import Groups, UnitGroups, ranking_of, write_cut
 from .records import Records, stand_in
 from .regrow import Regrowth
 from .report import sparsity_report
@@ -120,6 +121,8 @@ class Sparsifier:
         )
         self._groups, self._inputs = choice.groups, choice.inputs
         self.skipped, self.frozen_share = choice.skipped, choice.frozen_share
+        units = [g for g in self._groups if isinstance(g, UnitGroups)]
+        require_scales(dict(network.named_parameters()), [g.axis for g in units], self.criteria)
         covered = {k: p for g in self._groups for k, p in g.parameters.items()}
         self._covered = covered
         self._shapes = {name: p.shape for name, p in covered.items()}
