@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -25,3 +26,9 @@ def test_the_blocks_run_one_after_the_other(tmp_path, capsys):
     finally:
         os.chdir(here)
     assert space["pruner"].max_rel_diff < 1e-4
+    small, trained, x = (
+        space["small"].eval(),
+        space["learn"].model.eval(),
+        space["dls"].one_batch()[0],
+    )
+    assert torch.equal(small(x), trained(x))

@@ -17,7 +17,12 @@ __all__ = ["ranked_bundles", "require_scales", "unit_scores", "zeroed_units"]
 
 
 def unit_scores(
-    tensors: Mapping[str, Tensor], axis: Axis, criterion: Criterion, *, relative: bool = False
+    tensors: Mapping[str, Tensor],
+    axis: Axis,
+    criterion: Criterion,
+    *,
+    relative: bool = False,
+    gone: int = 0,
 ) -> Tensor:
     """(F,) scores of an axis' free units: the mean (or sum) over the elements of their rows.
 
@@ -27,6 +32,7 @@ def unit_scores(
         criterion: scores of single elements, and how they are reduced.
         relative: normalise within the axis, to compare units of different axes: as the
             criterion says, else by the mean, but not where its scores are added up.
+        gone: units of this axis that were removed before, which count as zero then.
     """
     total = size = None
     require_scales(tensors, [axis], criterion)
@@ -47,7 +53,7 @@ def unit_scores(
     summed = criterion.reduce == "sum"
     scores = (total if summed else total / size)[free]
     norm = criterion.norm or (None if summed else "mean")
-    return normalise(scores, norm if relative else None, axis.name)
+    return normalise(scores, norm if relative else None, axis.name, gone)
 
 
 def require_scales(
@@ -92,6 +98,7 @@ def ranked_bundles(
     criterion: Criterion,
     *,
     relative: bool = False,
+    gone: int = 0,
     first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The bundles of an axis: the k-th weakest free unit of each of its blocks.
@@ -101,12 +108,13 @@ def ranked_bundles(
         axis: the axis to rank.
         criterion: see `unit_scores`.
         relative: see `unit_scores`.
+        gone: see `unit_scores`.
         first: (size,) bool, units that go before all others.
 
     Returns:
         (bundles,) scores, the mean over a bundle's units, and (bundles, blocks) units.
     """
-    scores = unit_scores(tensors, axis, criterion, relative=relative)
+    scores = unit_scores(tensors, axis, criterion, relative=relative, gone=gone)
     if axis.blocks == 1:
         return scores, axis.free[:, None]
     own = scores.detach().cpu()
@@ -119,12 +127,16 @@ def ranked_bundles(
 
 
 def zeroed_units(
-    tensors: Mapping[str, Tensor], axis: Axis, roles: tuple[str, ...] = (PRODUCE,)
+    tensors: Mapping[str, Tensor],
+    axis: Axis,
+    roles: tuple[str, ...] = (PRODUCE,),
+    *,
+    emptied: bool = False,
 ) -> Tensor:
     """(size,) bool: the units that are zero in all their slots of these roles.
 
     Whole layers are sometimes initialised with zeros: an axis without a single weight that is not
-    zero counts as fresh, not as zeroed.
+    zero counts as fresh, not as zeroed, unless it is known to have been `emptied`.
     """
     zero = None
     for slot in axis.having(*roles):
@@ -136,4 +148,4 @@ def zeroed_units(
         if zero is None:
             zero = torch.ones(axis.size, dtype=torch.bool, device=weight.device)
         zero[unit[alive[index]].to(zero.device)] = False
-    return zero & ~zero.all()
+    return zero if emptied else zero & ~zero.all()

@@ -12,14 +12,15 @@ from torch import Tensor
 from ..core.criteria import Criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
-from ..core.masks import Limits, as_fraction
-from ..core.names import LayerChoice, as_choices
+from ..core.masks import Limits, apply_masks, as_context, as_fraction
+from ..core.names import LayerChoice, as_choices, unwrapped
 from ..core.schedule import Chain, Schedule, agp, falls, goes_down
-from ..fit.callback import ScheduledCallback
+from ..fit.callback import FitCallback, ScheduledCallback
 from .choose import NothingToSparsify
+from .keep import zero_masks
 from .sparsifier import Sparsifier
 
-__all__ = ["SparsifyCallback"]
+__all__ = ["KeepZeros", "SparsifyCallback"]
 
 
 class SparsifyCallback(ScheduledCallback):
@@ -81,15 +82,13 @@ class SparsifyCallback(ScheduledCallback):
         hold_trackers: bool = True,
     ) -> None:
         super().__init__(criteria, schedule, hold_trackers)
-        if context not in ("local", "global"):
-            raise ValueError(f"context must be 'local' or 'global', got {context!r}")
         self.initial, self.sparsity = _initial_and_final(sparsity)
         grain = Granularity(granularity)
         by_layer = self.sparsity if isinstance(self.sparsity, Mapping) else {None: self.sparsity}
         for layer, value in by_layer.items():
             grain.allow(value, "sparsity" if layer is None else f"sparsity of {layer!r}")
         self.granularity = grain.name
-        self.context = context
+        self.context = as_context(context)
         Limits(min_keep, round_to)
         self.min_keep, self.round_to = min_keep, round_to
         self.layers = None if layers is None else as_choices(layers)
@@ -202,6 +201,62 @@ class SparsifyCallback(ScheduledCallback):
         """The sparsities at this share of the way; it never leads below where it began."""
         way = zip(self._from, self._to, strict=True)
         return [max(0.0, (1 - share) * a + share * max(a, b)) for a, b in way]
+
+
+class KeepZeros(FitCallback):
+    """Hold at zero, during `fit`, what is zero when it begins.
+
+    ```python
+    learn.load('sparse')
+    learn.fit_one_cycle(3, cbs=KeepZeros())
+    ```
+    For training on with a network that `SparsifyCallback`, or anybody else, made sparse. Held are
+    the zeros in weights of two or more dimensions, but not where a whole tensor is zero; and the
+    biases and the scales and shifts of norms that are zero, of units whose weights all are. After
+    every optimizer step they are +0.0 again. Nothing is attached to the model: the masks, a byte
+    an element of each parameter with such zeros, live as long as the fit.
+
+    Attributes:
+        zeros: the number of elements that the last fit held.
+    """
+
+    order = ScheduledCallback.order + 1  # behind what cuts
+    zeros = 0
+    _weights: tuple[Tensor, ...] = ()
+    _masks: tuple[Tensor, ...] = ()
+
+    @property
+    def mask_bytes(self) -> int:
+        """Memory that the masks take now."""
+        return sum(mask.nbytes for mask in self._masks)
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is anything to hold."""
+        return bool(self._masks)
+
+    def begin(self) -> None:
+        """Look for zeros."""
+        masks = zero_masks(self.learn.model, self.xb)
+        parameters = dict(unwrapped(self.learn.model).named_parameters())
+        self._weights = tuple(parameters[name] for name in masks)
+        self._masks = tuple(masks.values())
+        self.zeros = sum(int((mask == 0).sum()) for mask in self._masks)
+
+    def before_step(self) -> None:
+        """Look again where the network was cut since: what is zero has moved."""
+        pairs = zip(self._weights, self._masks, strict=True)
+        if self._training and any(w.shape != m.shape for w, m in pairs):
+            self.begin()
+        super().before_step()
+
+    def hold(self) -> None:
+        """Write +0.0 where zeros were."""
+        apply_masks(self._weights, self._masks)
+
+    def finish(self) -> None:
+        """Let go of the masks."""
+        self._weights = self._masks = ()
 
 
 def _initial_and_final(sparsity: Any) -> tuple[float | None, Any]:

@@ -14,14 +14,13 @@ from ..core.granularity import Granularity, dimensions, maskable_types
 from ..core.names import LayerChoice, pick
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
-from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE, SCALE, SHIFT
-from ..coupling.units import Axis, Coupling
+from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE
+from ..coupling.units import FROZEN, Axis, Coupling
 from .groups import Groups, LayerGroups, UnitGroups, WeightGroups
 from .patterns import PatternGroups
 
 __all__ = ["Choice", "NothingToSparsify", "choose"]
 
-_FROZEN = "frozen (requires_grad is False)"
 _OUTPUT = "network output"
 
 
@@ -75,7 +74,7 @@ def choose(
         outputs = _output_layers(model, coupling) if layers is None else ()
         groups, skipped = _inside_layers(model, granularity, chosen, outputs)
     if not groups:
-        raise NothingToSparsify(_nothing(granularity, skipped), _FROZEN in skipped.values())
+        raise NothingToSparsify(_nothing(granularity, skipped), FROZEN in skipped.values())
     return Choice(tuple(groups), skipped, inputs, _frozen_share(chosen, skipped))
 
 
@@ -107,7 +106,8 @@ def _inside_layers(
     skipped: dict[str, str] = {}
     for name, layer in chosen.items():
         weights = _weights(layer)
-        if name in outputs:
+        owners = {parameters[id(w)].rpartition(".")[0] for w in weights.values()}
+        if not owners.isdisjoint(outputs) or name in outputs:  # a tied weight has one name
             skipped[name] = _OUTPUT
             continue
         skipped.update({name if not weights else f"{name}.{k}": r for k, r in _absent(layer)})
@@ -121,8 +121,10 @@ def _inside_layers(
             if isinstance(found, str):
                 skipped[own] = found
             elif not weight.requires_grad:
-                skipped[own] = _FROZEN
-            elif id(weight) not in groups and weight.numel():
+                skipped[own] = FROZEN
+            elif id(weight) in groups:
+                skipped[own] = f"its weight is that of {groups[id(weight)].layer!r}"
+            elif weight.numel():
                 groups[id(weight)] = found
     return list(groups.values()), skipped
 
@@ -180,11 +182,15 @@ def _units(
             groups.append(UnitGroups(axis, tensors))
         else:
             skipped[axis.name] = next(filter(None, axis.pins))
+    owners = {id(p): name.rpartition(".")[0] for name, p in tensors.items()}
     for name, layer in chosen.items():
         if isinstance(layer, maskable_types()) and name not in seen:
+            owner = next((owners[id(w)] for w in _weights(layer).values()), name)
             skipped[name] = (
                 "no channels found: never run on the example inputs, a single one, or made in a "
                 "way that is not understood"
+                if owner == name
+                else f"its weight is that of {owner!r}"
             )
     return groups, skipped
 
@@ -196,11 +202,7 @@ def _without(axis: Axis, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor
             units = slot.unit.tolist()
             other = f"coupled to {slot.module!r}, which is not chosen"
             axis = axis.pinned("not chosen" if slot.module == axis.name else other, units)
-    for slot in axis.having(PRODUCE, SCALE, SHIFT):
-        p = tensors.get(slot.parameter)
-        if p is not None and not p.requires_grad:
-            axis = axis.pinned(_FROZEN, slot.unit.tolist())
-    return axis
+    return axis.trained(tensors)
 
 
 def _chosen(

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion, Lookup, as_criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
-from ..core.masks import Limits, apply_masks, as_fraction, choose_cuts, zero_marks
+from ..core.masks import Limits, apply_masks, as_context, choose_cuts, zero_marks
 from ..core.names import LayerChoice, plain, unknown_name, unwrapped
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
+from ..core.records import Records, refuse_equal, stand_in
 from ..core.selection import Cut
 from ..coupling.ranking import require_scales
 from ..measure.profile import macs
 from .choose import choose
-from .groups import Groups, UnitGroups, ranking_of, write_cut
-from .records import Records, stand_in
+from .groups import UnitGroups, ranking_of, write_cut
 from .regrow import Regrowth
 from .report import sparsity_report
+from .targets import origin, targets_of
 
 __all__ = ["Sparsifier", "Sparsity"]
 
@@ -103,11 +104,9 @@ class Sparsifier:
         whole_heads: bool = False,
         regrow: bool = False,
     ) -> None:
-        if context not in ("local", "global"):
-            raise ValueError(f"context must be 'local' or 'global', got {context!r}")
         self.model = model
         self.granularity = Granularity(granularity)
-        self.context = context
+        self.context = as_context(context)
         self.criteria = as_criterion(criteria)
         self.limits = Limits(min_keep, round_to)
         if regrow and self.granularity.is_filter:
@@ -206,27 +205,8 @@ class Sparsifier:
 
     def targets(self, sparsity: Sparsity) -> tuple[float, ...]:
         """A sparsity as fractions: one for each of the layers, or one for all under 'global'."""
-        if not isinstance(sparsity, Mapping):
-            count = 1 if self.context == "global" else len(self._groups)
-            return (self.granularity.allow(as_fraction(sparsity)),) * count
-        if self.context == "global":
-            raise ValueError("a sparsity for each layer needs context='local', got 'global'")
-        wanted = [dict[str, float]() for _ in self._groups]
-        for name, value in sparsity.items():
-            who = f"sparsity of {name!r}"
-            fraction = self.granularity.allow(as_fraction(value, who), who)
-            owners = [i for i, g in enumerate(self._groups) if name in map(plain, g.layers)]
-            if not owners:
-                raise ValueError(self._no_such(name))
-            for i in owners:
-                wanted[i][name] = fraction
-        for group, given in zip(self._groups, wanted, strict=True):
-            if len(set(given.values())) > 1:
-                raise ValueError(
-                    f"these layers are coupled and need one sparsity: {given} "
-                    f"(all of them: {', '.join(group.layers)})"
-                )
-        return tuple(next(iter(given.values()), 0.0) for given in wanted)
+        together = self.context == "global"
+        return targets_of(sparsity, self._groups, self.granularity, together, self._no_such)
 
     def held(self) -> tuple[float, ...]:
         """The share of the groups that is zero in the model, in the form of `targets`."""
@@ -246,10 +226,9 @@ class Sparsifier:
             targets: where the ways lead.
             begun: the shares of the way that were taken, in their order.
         """
-        together = self.context == "global"
-        entries = [self._groups] if together else [[g] for g in self._groups]
+        entries = [self._groups] if self.context == "global" else [[g] for g in self._groups]
         ways = zip(entries, self.held(), targets, strict=True)
-        return tuple(self._origin(*way, begun) for way in ways)
+        return tuple(origin(*way, begun, self.limits) for way in ways)
 
     def sparsify_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
         """Zero these fractions, see `targets`; on the way to those `asked` in the end."""
@@ -296,7 +275,7 @@ class Sparsifier:
         """
         scores = self._scores(self._records)
         if self.criteria.needs:
-            self._records.refuse_equal(scores)
+            refuse_equal(scores)
         return scores
 
     def try_criteria(self) -> None:
@@ -332,21 +311,6 @@ class Sparsifier:
             return round(targets[0] * sum(whole))
         return [round(s * n) for s, n in zip(targets, whole, strict=True)]
 
-    def _origin(
-        self, groups: Sequence[Groups], held: float, target: float, begun: Sequence[float]
-    ) -> float:
-        share = begun[-1] if begun else 0.0
-        if not share:
-            return held
-        whole = sum(g.whole for g in groups)
-        zeros = round(held * whole)
-        # what came back on a way down may still be zero
-        least, most = (round(s * target * whole) for s in (share, max(begun[-2:])))
-        least = min(least, sum(self.limits.most(g.size, g.free) for g in groups))
-        if least - len(groups) * (self.limits.round_to - 1) <= zeros <= most:
-            return 0.0
-        return held if share == 1 or held >= target else (held - share * target) / (1 - share)
-
     def _held(self) -> list[Tensor]:
         return [g.zeroed() for g in self._groups]
 
@@ -365,11 +329,13 @@ class Sparsifier:
         pairs = zip(found, self._regrowth.zero, strict=True)
         return [ScoreRanking(list, r.marks & z.to(r.marks.device)) for r, z in pairs]
 
-    @staticmethod
-    def _more(counts: int | Sequence[int], held: Sequence[int]) -> bool:
+    def _more(self, counts: int | Sequence[int], held: Sequence[int]) -> bool:
+        """Whether groups are to go beside those held: there are such that may."""
+        most = [self.limits.most(g.size, g.free) for g in self._groups]
+        left = any(m > h for m, h in zip(most, held, strict=True))
         if isinstance(counts, int):
-            return counts > sum(held)
-        return any(n > h for n, h in zip(counts, held, strict=True))
+            return left and counts > sum(held)
+        return any(min(n, m) > h for n, m, h in zip(counts, most, held, strict=True))
 
     def _set(self, rankings: Sequence[Ranking], cuts: Sequence[Cut | None]) -> None:
         pairs = zip(self._groups, rankings, strict=True)

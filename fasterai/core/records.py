@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..core.criteria import NothingToCompare
-from ..core.gathered import GATHERED
+from .criteria import NothingToCompare
+from .gathered import GATHERED
 
-__all__ = ["NothingToCompare", "Records", "stand_in"]
+__all__ = ["Records", "refuse_equal", "stand_in"]
 
 _KEPT = ("initial", "previous")
 
@@ -68,20 +68,24 @@ class Records:
         """Let go of the copies."""
         self._kept = {}
 
-    @staticmethod
-    def refuse_equal(scores: Sequence[Tensor]) -> None:
-        """Raise `NothingToCompare` where there is more than one score and all are the same."""
-        some = [s for s in scores if s.numel()]
-        if sum(s.numel() for s in some) < 2:
-            return
-        low = min(float(s.min()) for s in some)
-        if all(float(s.max()) == low for s in some):
-            raise NothingToCompare(
-                f"the criterion gives every group the score {low:g}: it needs training between "
-                f"its records (made with the Sparsifier, renewed at updates) and an update, "
-                f"gradients that loss.backward() left, scales that differ or data to score on; "
-                f"nothing was changed"
-            )
+    def change(self, change: Callable[[str, Tensor], Tensor]) -> None:
+        """Put what `change(name, copy)` returns in the place of each copy."""
+        for kept in self._kept.values():
+            kept.update({name: change(name, copy) for name, copy in kept.items()})
+
+
+def refuse_equal(scores: Sequence[Tensor]) -> None:
+    """Raise `NothingToCompare` where there is more than one score and all are the same."""
+    some = [s for s in scores if s.numel()]
+    if sum(s.numel() for s in some) < 2:
+        return
+    low = min(float(s.min()) for s in some)
+    if all(float(s.max()) == low for s in some):
+        raise NothingToCompare(
+            f"the criterion gives every group the score {low:g}: it needs training between "
+            f"its records (made at the start, renewed at updates) and an update, gradients that "
+            f"loss.backward() left, scales that differ or data to score on; nothing was changed"
+        )
 
 
 def stand_in(need: str, weight: Tensor) -> Tensor | None:

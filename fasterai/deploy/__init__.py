@@ -1,0 +1,1 @@
+"""Bring what was trained elsewhere: save and load."""

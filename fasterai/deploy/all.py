@@ -1,0 +1,3 @@
+"""Everything that saves and loads: `from fasterai.deploy.all import *`."""
+
+from .files import *
