@@ -7,4 +7,5 @@ from .deploy.all import *
 from .measure.pictures import *
 from .measure.profile import *
 from .prune.all import *
+from .score.all import *
 from .sparse.all import *

@@ -18,7 +18,7 @@ def normalise(scores: Tensor, norm: str | None, name: str, gone: int = 0) -> Ten
 
     Args:
         scores: finite; for `'lamp'` at least 0.
-        norm: `'mean'`, `'l2'`, `'lamp'`, or None to leave them.
+        norm: `'mean'`, `'l2'`, `'lamp'`, or `'none'` or None to leave them.
         name: of the layer, for errors.
         gone: groups that were removed, and count as if they scored 0.
 
@@ -70,4 +70,8 @@ def _divided(scores: Tensor, by: Tensor) -> Tensor:
     return scores / torch.where(by > 0, by, 1.0)
 
 
-NORMS = {"mean": _by_mean, "l2": _by_l2, "lamp": _lamp}
+def _as_they_are(scores: Tensor) -> Tensor:
+    return scores
+
+
+NORMS = {"mean": _by_mean, "l2": _by_l2, "lamp": _lamp, "none": _as_they_are}

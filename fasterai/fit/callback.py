@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastai.callback.core import Callback
@@ -18,6 +18,8 @@ from ..core.criteria import Criterion, NothingToCompare, as_criterion
 from ..core.processes import Processes, is_first
 from ..core.schedule import Chain, Schedule, as_schedule, falls
 from ..measure.pictures import plot_steps
+from ..score.gradients import OF_GRADIENTS
+from .gathering import Gathering
 from .saved import unlike_tensors
 from .stand_in import StandIn
 
@@ -162,7 +164,7 @@ class ScheduledCallback(FitCallback):
     Args:
         criteria: scores of weights. Where it reads gradients, updates come in `before_step`, when
             they are complete; else between batches. An update at which there is nothing to
-            compare yet, or no gradient, waits for the next step.
+            compare yet, or no gradient, waits for the next step. See `gather` for data.
         schedule: share of the way by progress.
         hold_trackers: fastai's trackers (`SaveModelCallback`, `EarlyStoppingCallback`,
             `ReduceLROnPlateau` and others of their kind) do not judge epochs before the target is
@@ -186,6 +188,7 @@ class ScheduledCallback(FitCallback):
         self.criteria = as_criterion(criteria)
         self.schedule = as_schedule(schedule)
         self.hold_trackers = hold_trackers
+        self._gathering = Gathering(self.criteria)
         self.history: list[tuple[int, float]] = []
 
     # --- for subclasses ------------------------------------------------------------------------
@@ -205,6 +208,24 @@ class ScheduledCallback(FitCallback):
     def arrived(self) -> bool:
         """Whether the network already is where the way leads."""
         return False
+
+    def gather(self, names: Iterable[str] | None = None) -> Criterion:
+        """Gather from now on what the criterion needs of data; called by `begin`.
+
+        Of gradients that is their mean since the last update; activations are seen in eval mode,
+        on the training batch of the update.
+
+        Args:
+            names: the weights that will be scored; default all.
+
+        Returns:
+            The criterion to try, with ones in place of what will be gathered.
+        """
+        return self._gathering.start(self.learn.model, self.xb, names)
+
+    def scored(self) -> Criterion:
+        """The criterion with what was gathered, for `go`."""
+        return self._gathering.scored(self.learn.model, self.xb, self.yb, self.learn.loss_func)
 
     @property
     def finished(self) -> int:
@@ -230,6 +251,7 @@ class ScheduledCallback(FitCallback):
     def before_step(self) -> None:
         """Update where the criterion reads gradients: they are complete, and not yet zeroed."""
         if self._training and self._reads_gradients:
+            self._gathering.step()
             self._update(self.finished + 1)
         super().before_step()
 
@@ -258,6 +280,7 @@ class ScheduledCallback(FitCallback):
         """Keep a best model that is none from being loaded, and let go."""
         useless = self._useless_files() if self._training else {}
         super().after_fit()
+        self._gathering.finish()
         for saver, why in useless.items():
             self.warn(f"{saver} loads nothing: {why}")
         for saver in useless:
@@ -267,7 +290,7 @@ class ScheduledCallback(FitCallback):
 
     @property
     def _reads_gradients(self) -> bool:
-        return "gradient" in self.criteria.needs
+        return any(need in OF_GRADIENTS for need in self.criteria.wants)
 
     def _start(self) -> None:
         self._processes.must_agree(
@@ -279,6 +302,7 @@ class ScheduledCallback(FitCallback):
         self._updates = self.schedule.updates(self._total, self.n_iter)
         self._warn_of_span()
         self.history, self._waiting = [], ""
+        self._gathering = Gathering(self.criteria)
         self._begun = due = _due_before(self._updates, self.finished)
         self._done, self._share = max(0, len(due) - 1), due[-1] if due else 0.0
         super()._start()
@@ -340,6 +364,7 @@ class ScheduledCallback(FitCallback):
             self._done, self._share = was
             self._waiting = str(error)
             return
+        self._gathering.renew(self.learn.model, self.xb)
         self.history.append((finished, self.reached()))
 
     def _warn_of_span(self) -> None:

@@ -129,7 +129,9 @@ class PruneCallback(ScheduledCallback):
             self._pruner.watch()
         if not self.sparsity or not self._anything_free():
             return False
+        self._pruner.criteria = self.gather()
         self._pruner.try_criteria()  # one that fails does so before training
+        self._pruner.criteria = self.criteria
         if _is_compiled(self.learn.model) and not self.arrived():
             self.warn(
                 f"the model is compiled: each of up to {len(self._updates)} cuts makes torch "
@@ -140,6 +142,7 @@ class PruneCallback(ScheduledCallback):
 
     def go(self, share: float, before: float) -> None:
         """Cut as far as the schedule says."""
+        self._pruner.criteria = self.scored()
         plan = self.agreed(lambda: self._pruner.plan_to(share * self.sparsity))
         if plan is not None:
             self._pruner.carry_out(plan, optimizer=self.learn.opt)
@@ -184,6 +187,7 @@ class PruneCallback(ScheduledCallback):
     def finish(self) -> None:
         """Let go of what only the criterion needed."""
         if self._pruner is not None:
+            self._pruner.criteria = self.criteria
             self._pruner.release()
 
     # --- inside --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ..core.masks import Limits, as_context, as_fraction
 from ..core.names import LayerChoice, plain, unwrapped
 from ..core.records import Records, stand_in
 from ..coupling.labels import PRODUCE, Dim
-from ..coupling.ranking import unit_scores
+from ..coupling.ranking import require_scales, unit_scores
 from ..coupling.remaining import remaining
 from ..coupling.surgery import smaller
 from ..coupling.units import Axis
@@ -160,7 +160,7 @@ class GradualPruner(Pruner):
         """Take the weights as they are now for the initial and previous ones of the criterion."""
         parameters = dict(self.model.named_parameters())
         made = {s.parameter for axis in self._axes for s in axis.having(PRODUCE)}
-        self._records = Records(self.criteria.needs, {n: parameters[n] for n in sorted(made)})
+        self._records = Records(self.criteria.wants, {n: parameters[n] for n in sorted(made)})
 
     def release(self) -> None:
         """Let go of what only the criterion needs, until the next `watch`."""
@@ -169,10 +169,11 @@ class GradualPruner(Pruner):
     def try_criteria(self) -> None:
         """Score once, with numbers in place of records, so that what fails does so early."""
         parameters = dict(self.model.named_parameters())
-        criterion = self.criteria.reading(lambda _, name: stand_in(parameters[name]))
-        for axis in self._axes:
-            if axis.bundles:
-                unit_scores(parameters, axis, criterion, relative=self.context == "global")
+        criterion = self.criteria.reading(lambda need, name: stand_in(need, parameters[name]))
+        axes = [axis for axis in self._axes if axis.bundles]
+        require_scales(parameters, axes, criterion)
+        for axis in axes:
+            unit_scores(parameters, axis, criterion, relative=self.context == "global")
 
     # --- inside --------------------------------------------------------------------------------
 

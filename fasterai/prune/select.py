@@ -11,7 +11,7 @@ from ..core.criteria import Criterion
 from ..core.masks import Limits, select
 from ..core.records import refuse_equal
 from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE, SCALE, SHIFT
-from ..coupling.ranking import ranked_bundles, zeroed_units
+from ..coupling.ranking import ranked_bundles, require_scales, zeroed_units
 from ..coupling.units import Axis
 from .constants import Constants
 
@@ -94,6 +94,7 @@ def ranked_units(
     tensors = dict(model.named_parameters())
     stay = [(x.name, u, pin) for x in axes for u, pin in enumerate(x.pins) if pin is not None]
     ranked = [a for a, axis in enumerate(axes) if axis.bundles]
+    require_scales(tensors, [axes[a] for a in ranked], criterion)
     together = isinstance(counts, int)
     lost = [0] * len(axes) if gone is None else gone
     bundles = [

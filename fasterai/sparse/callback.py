@@ -122,11 +122,13 @@ class SparsifyCallback(ScheduledCallback):
         else:
             self._from = sparsifier.targets(initial)
         if any(self._to):
+            sparsifier.criteria = self.gather(sparsifier.masks)
             sparsifier.try_criteria()  # one that fails does so before training
+            sparsifier.criteria = self.criteria
         else:
             sparsifier.release()  # nothing is asked: train as without a callback
         sparsifier.apply()
-        early = self._updates[0][0] > self.finished and not self.criteria.needs
+        early = self._updates[0][0] > self.finished and not self.criteria.wants
         if initial is not None and any(self._from) and early:
             sparsifier.sparsify_to(self._from, asked=self._to)
             self.history.append((self.finished, sparsifier.reached()))
@@ -146,6 +148,7 @@ class SparsifyCallback(ScheduledCallback):
         if falls(before, share):
             self._sparsifier.regrow_to(self._at(share), asked=self._at(self._updates[-1][1]))
         else:
+            self._sparsifier.criteria = self.scored()
             self._sparsifier.sparsify_to(self._at(share), asked=self._to)
 
     def reached(self) -> float:
@@ -159,6 +162,7 @@ class SparsifyCallback(ScheduledCallback):
     def finish(self) -> None:
         """Let go of the masks and of what the criterion needed."""
         if self._sparsifier is not None:
+            self._sparsifier.criteria = self.criteria
             self._sparsifier.release()
 
     def _sparsifier_of_model(self) -> Sparsifier | None:

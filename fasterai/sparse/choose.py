@@ -114,8 +114,10 @@ def _inside_layers(
         for key, weight in weights.items():
             own = name if len(weights) == 1 else f"{name}.{key}"
             share = weight.numel() / max(sum(w.numel() for w in weights.values()), 1)
-            whole = WeightGroups(own, name, parameters[id(weight)], weight, share=share)
-            found = _cut(whole, layer, dimensions(layer)[key], granularity)
+            dims = dimensions(layer)[key]
+            rows = max(dims.find("o"), 0)
+            whole = WeightGroups(own, name, parameters[id(weight)], weight, share=share, rows=rows)
+            found = _cut(whole, layer, dims, granularity)
             if isinstance(found, str):
                 skipped[own] = found
             elif not weight.requires_grad:

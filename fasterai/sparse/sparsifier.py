@@ -18,9 +18,10 @@ from ..core.processes import Processes, refuse_sharded
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
 from ..core.records import Records, refuse_equal, stand_in
 from ..core.selection import Cut
+from ..coupling.ranking import require_scales
 from ..measure.profile import macs
 from .choose import choose
-from .groups import ranking_of, write_cut
+from .groups import UnitGroups, ranking_of, write_cut
 from .regrow import Regrowth
 from .report import sparsity_report
 from .targets import origin, targets_of
@@ -122,13 +123,15 @@ class Sparsifier:
         )
         self._groups, self._inputs = choice.groups, choice.inputs
         self.skipped, self.frozen_share = choice.skipped, choice.frozen_share
+        units = [g for g in self._groups if isinstance(g, UnitGroups)]
+        require_scales(dict(network.named_parameters()), [g.axis for g in units], self.criteria)
         covered = {k: p for g in self._groups for k, p in g.parameters.items()}
         self._covered = covered
         self._shapes = {name: p.shape for name, p in covered.items()}
         self.masks: dict[str, Tensor] = {
             name: torch.ones_like(p, dtype=torch.uint8) for name, p in covered.items()
         }
-        self._records = Records(self.criteria.needs, covered)
+        self._records = Records(self.criteria.wants, covered)
         self._regrowth = Regrowth(self._held()) if regrow else None
         rankings = self._rankings()
         self._set(rankings, [None] * len(rankings))
@@ -265,7 +268,7 @@ class Sparsifier:
     def try_criteria(self) -> None:
         """Score once, with numbers in place of records, so that what fails does so early."""
         if self.criteria.needs:
-            self._scores(lambda _, name: stand_in(self._covered[name]))
+            self._scores(lambda need, name: stand_in(need, self._covered[name]))
             return
         for group in self._groups:
             ranking_of(group, self.criteria, relative=self.context == "global").check()
