@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.names import modules_by_name, tensors_by_name
 from ..coupling.labels import Dim
@@ -18,7 +18,7 @@ from .runs import from_runs
 if TYPE_CHECKING:
     from .plan import Plan
 
-__all__ = ["cut_for", "fits_in", "must_lead_to"]
+__all__ = ["cut_for", "cuts_of", "fits_in", "must_lead_to", "steps_of"]
 
 
 def cut_for(plan: Plan, network: nn.Module, *, constants: bool = True) -> Cut:
@@ -36,19 +36,24 @@ def cut_for(plan: Plan, network: nn.Module, *, constants: bool = True) -> Cut:
     raw = {id(x): n for n, x in [*network.named_parameters(), *network.named_buffers()]}
     names = {name: raw[id(tensor)] for name, tensor in tensors_by_name(network).items()}
     kept = {
-        Dim(names[name], d): torch.tensor(index)
-        for name, cuts in plan.kept.items()
-        for d, index in cuts.items()
+        Dim(names[name], d): index for name in plan.kept for d, index in cuts_of(plan, name).items()
     }
     steps = {
-        names[name]: [
-            Step(from_runs(a.runs, plan.shape_after(name), a.factor), a.factor)
-            for a in adjusted
-            if a.factor or constants
-        ]
-        for name, adjusted in plan.adjusted.items()
+        names[name]: [step for step in steps_of(plan, name) if step.factor or constants]
+        for name in plan.adjusted
     }
     return Cut(kept, (), steps, _attributes(plan, network))
+
+
+def cuts_of(plan: Plan, name: str) -> dict[int, Tensor]:
+    """The positions of a parameter or buffer that stay, by dimension."""
+    return {d: torch.tensor(index) for d, index in plan.kept.get(name, {}).items()}
+
+
+def steps_of(plan: Plan, name: str) -> list[Step]:
+    """What is done to the numbers that a cut leaves of a parameter or buffer."""
+    adjusted = plan.adjusted.get(name, ())
+    return [Step(from_runs(a.runs, plan.shape_after(name), a.factor), a.factor) for a in adjusted]
 
 
 def _attributes(plan: Plan, network: nn.Module) -> dict[nn.Module, dict[str, Any]]:
