@@ -45,6 +45,17 @@ def cut_for(plan: Plan, network: nn.Module, *, constants: bool = True) -> Cut:
     return Cut(kept, (), steps, _attributes(plan, network))
 
 
+def cuts_of(plan: Plan, name: str) -> dict[int, Tensor]:
+    """The positions of a parameter or buffer that stay, by dimension."""
+    return {d: torch.tensor(index) for d, index in plan.kept.get(name, {}).items()}
+
+
+def steps_of(plan: Plan, name: str) -> list[Step]:
+    """What is done to the numbers that a cut leaves of a parameter or buffer."""
+    adjusted = plan.adjusted.get(name, ())
+    return [Step(from_runs(a.runs, plan.shape_after(name), a.factor), a.factor) for a in adjusted]
+
+
 def _attributes(plan: Plan, network: nn.Module) -> dict[nn.Module, dict[str, Any]]:
     """The integers that modules get, and what makes norms remember their width."""
     attributes: dict[nn.Module, dict[str, Any]] = {}
