@@ -49,7 +49,14 @@ def learner(model=None, **kwargs):
     torch.manual_seed(0)
     random.seed(0)  # fastai's DataLoader shuffles by it
     loss = nn.CrossEntropyLoss()
-    learn = Learner(data(), model or make(Residual), loss, metrics=accuracy, lr=1e-2, **kwargs)
+    learn = Learner(
+        data(),
+        make(Residual) if model is None else model,
+        loss,
+        metrics=accuracy,
+        lr=1e-2,
+        **kwargs,
+    )
     learn.remove_cb(learn.progress)
     learn.logger = lambda _: None
     return learn

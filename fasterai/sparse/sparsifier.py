@@ -13,7 +13,7 @@ from ..core.criteria import Criterion, Lookup, as_criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
 from ..core.masks import Limits, apply_masks, as_fraction, choose_cuts, zero_marks
-from ..core.names import LayerChoice, unknown_name
+from ..core.names import LayerChoice, plain, unknown_name, unwrapped
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
 from ..core.selection import Cut
 from ..measure.profile import macs
@@ -52,7 +52,8 @@ class Sparsifier:
     Zeros that the model already has stay zero. Nothing is attached to the model.
 
     Args:
-        model: any network.
+        model: any network. One that `torch.compile` or `DistributedDataParallel` wraps goes by the
+            names inside, without `_orig_mod.` and `module.`.
         granularity: which weights go together: 'weight', 'row', 'column', 'kernel', 'filter', ...,
             a set of dimensions such as 'o h', blocks such as 'o/16 i', or a pattern such as '2:4';
             see `Granularity`. 'filter' zeroes whole units, with their biases and the scales and
@@ -113,8 +114,9 @@ class Sparsifier:
         if regrow and self.granularity.pattern is not None:
             raise ValueError(_PATTERNS_STAY)
         self.asked: tuple[float, ...] | None = None
+        self._network = network = unwrapped(model)
         choice = choose(
-            model, self.granularity, layers, exclude, example_inputs, mixed, whole_heads
+            network, self.granularity, layers, exclude, example_inputs, mixed, whole_heads
         )
         self._groups, self._inputs = choice.groups, choice.inputs
         self.skipped, self.frozen_share = choice.skipped, choice.frozen_share
@@ -182,7 +184,7 @@ class Sparsifier:
         until they are removed.
         """
         self._refuse_pruned()
-        counted = macs(self.model, self._inputs) if self._inputs is not None else {}
+        counted = macs(self._network, self._inputs) if self._inputs is not None else {}
         together = self.context == "global"
         return sparsity_report(
             self._groups, self.skipped, self.asked, together, self.limits, counted
@@ -210,7 +212,7 @@ class Sparsifier:
         for name, value in sparsity.items():
             who = f"sparsity of {name!r}"
             fraction = self.granularity.allow(as_fraction(value, who), who)
-            owners = [i for i, g in enumerate(self._groups) if name in g.layers]
+            owners = [i for i, g in enumerate(self._groups) if name in map(plain, g.layers)]
             if not owners:
                 raise ValueError(self._no_such(name))
             for i in owners:
@@ -351,8 +353,9 @@ class Sparsifier:
     def _no_such(self, name: object) -> str:
         if not isinstance(name, str):
             return f"a sparsity for each layer goes by names of layers, got {name!r}"
-        if name in self.skipped:
-            return f"layer {name!r} cannot be sparsified: {self.skipped[name]}"
-        if name in dict(self.model.named_modules()):
+        skipped = {plain(k): why for k, why in self.skipped.items()}
+        if name in skipped:
+            return f"layer {name!r} cannot be sparsified: {skipped[name]}"
+        if name in (plain(k) for k, _ in self._network.named_modules()):
             return f"layer {name!r} is not among the layers to sparsify"
-        return unknown_name(name, [k for g in self._groups for k in g.layers], "sparsity")
+        return unknown_name(name, [plain(k) for g in self._groups for k in g.layers], "sparsity")
