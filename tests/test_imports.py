@@ -10,7 +10,7 @@ import pytest
 import fasterai
 
 ROOT = Path(fasterai.__file__).parent
-ORDER = ["core", "coupling", "measure", "fit", "sparse", "prune", "deploy"]
+ORDER = ["core", "coupling", "measure", "fit", "sparse", "tickets", "prune", "deploy"]
 MAY = {
     "core": {"core"},
     "coupling": {"core", "coupling"},
@@ -18,6 +18,7 @@ MAY = {
     "fit": {"core", "coupling", "measure", "fit"},
     "sparse": {"core", "coupling", "measure", "fit", "sparse"},
     "prune": {"core", "coupling", "measure", "fit", "prune"},
+    "tickets": {"core", "coupling", "measure", "fit", "sparse", "tickets"},
     "deploy": set(ORDER),
 }
 FILES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
