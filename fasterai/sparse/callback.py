@@ -35,7 +35,8 @@ class SparsifyCallback(ScheduledCallback):
         sparsity: the share of the groups to zero, a fraction in [0, 1]; a pair
             (initial, final), the initial one from the first step on; or {layer name: fraction}
             under 'local', the others staying dense. Without an initial value the way begins at
-            what is already zero, and that stays zero.
+            what is already zero, and that stays zero; with `start_epoch` it goes on from there,
+            as far as it is by then.
         granularity: 'weight', 'row', 'column', 'kernel', 'filter', '2:4', ...; see `Sparsifier`.
             Under an N:M pattern the sparsity is the share of all weights, at most 1 - N / M.
         context: 'local' reaches the sparsity in each layer, 'global' over all of them.
@@ -118,16 +119,19 @@ class SparsifyCallback(ScheduledCallback):
             return False
         self._to = sparsifier.targets(self.sparsity)
         initial = self.initial
-        self._from = sparsifier.held() if initial is None else sparsifier.targets(initial)
+        if initial is None:
+            self._from = sparsifier.origins(self._to, self._begun)
+        else:
+            self._from = sparsifier.targets(initial)
         if any(self._to):
             sparsifier.try_criteria()  # one that fails does so before training
         else:
             sparsifier.release()  # nothing is asked: train as without a callback
         sparsifier.apply()
-        early = self._updates[0][0] > 0 and not self.criteria.needs
+        early = self._updates[0][0] > self.finished and not self.criteria.needs
         if initial is not None and any(self._from) and early:
             sparsifier.sparsify_to(self._from, asked=self._to)
-            self.history.append((0, sparsifier.reached()))
+            self.history.append((self.finished, sparsifier.reached()))
         return any(self._to)
 
     @property
@@ -193,7 +197,7 @@ class SparsifyCallback(ScheduledCallback):
     def _at(self, share: float) -> list[float]:
         """The sparsities at this share of the way; it never leads below where it began."""
         way = zip(self._from, self._to, strict=True)
-        return [(1 - share) * a + share * max(a, b) for a, b in way]
+        return [max(0.0, (1 - share) * a + share * max(a, b)) for a, b in way]
 
 
 def _initial_and_final(sparsity: Any) -> tuple[float | None, Any]:

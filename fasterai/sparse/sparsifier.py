@@ -18,7 +18,7 @@ from ..core.ranking import ElementRanking, Ranking, ScoreRanking
 from ..core.selection import Cut
 from ..measure.profile import macs
 from .choose import choose
-from .groups import ranking_of, write_cut
+from .groups import Groups, ranking_of, write_cut
 from .records import Records, stand_in
 from .regrow import Regrowth
 from .report import sparsity_report
@@ -233,6 +233,21 @@ class Sparsifier:
             return (sum(zeros) / sum(whole),)
         return tuple(z / n for z, n in zip(zeros, whole, strict=True))
 
+    def origins(self, targets: Sequence[float], begun: Sequence[float]) -> tuple[float, ...]:
+        """Where ways to `targets` began that hold what is zero now, see `targets`.
+
+        Without a share of the way behind, that is what is held. Else it is 0, where a way from 0
+        would have come here; or what leads straight on from here to the target, also less than 0.
+
+        Args:
+            targets: where the ways lead.
+            begun: the shares of the way that were taken, in their order.
+        """
+        together = self.context == "global"
+        entries = [self._groups] if together else [[g] for g in self._groups]
+        ways = zip(entries, self.held(), targets, strict=True)
+        return tuple(self._origin(*way, begun) for way in ways)
+
     def sparsify_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
         """Zero these fractions, see `targets`; on the way to those `asked` in the end."""
         self._refuse_pruned()
@@ -313,6 +328,21 @@ class Sparsifier:
         if self.context == "global":
             return round(targets[0] * sum(whole))
         return [round(s * n) for s, n in zip(targets, whole, strict=True)]
+
+    def _origin(
+        self, groups: Sequence[Groups], held: float, target: float, begun: Sequence[float]
+    ) -> float:
+        share = begun[-1] if begun else 0.0
+        if not share:
+            return held
+        whole = sum(g.whole for g in groups)
+        zeros = round(held * whole)
+        # what came back on a way down may still be zero
+        least, most = (round(s * target * whole) for s in (share, max(begun[-2:])))
+        least = min(least, sum(self.limits.most(g.size, g.free) for g in groups))
+        if least - len(groups) * (self.limits.round_to - 1) <= zeros <= most:
+            return 0.0
+        return held if share == 1 or held >= target else (held - share * target) / (1 - share)
 
     def _held(self) -> list[Tensor]:
         return [g.zeroed() for g in self._groups]
