@@ -7,3 +7,4 @@ from .measure.pictures import *
 from .measure.profile import *
 from .prune.all import *
 from .sparse.all import *
+from .tickets.all import *
