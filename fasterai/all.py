@@ -6,5 +6,6 @@ from .core.schedule import *
 from .measure.pictures import *
 from .measure.profile import *
 from .prune.all import *
+from .regularize.all import *
 from .sparse.all import *
 from .tickets.all import *

@@ -10,7 +10,18 @@ import pytest
 import fasterai
 
 ROOT = Path(fasterai.__file__).parent
-ORDER = ["core", "coupling", "measure", "fit", "sparse", "tickets", "prune", "deploy"]
+ORDER = [
+    "core",
+    "coupling",
+    "measure",
+    "fit",
+    "sparse",
+    "tickets",
+    "regularize",
+    "prune",
+    "distill",
+    "deploy",
+]
 MAY = {
     "core": {"core"},
     "coupling": {"core", "coupling"},
@@ -19,6 +30,8 @@ MAY = {
     "sparse": {"core", "coupling", "measure", "fit", "sparse"},
     "prune": {"core", "coupling", "measure", "fit", "prune"},
     "tickets": {"core", "coupling", "measure", "fit", "sparse", "tickets"},
+    "regularize": {"core", "coupling", "measure", "fit", "sparse", "regularize"},
+    "distill": {"core", "coupling", "measure", "fit", "distill"},
     "deploy": set(ORDER),
 }
 FILES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
