@@ -17,6 +17,7 @@ from test_callback import Items, data, learner
 from torch import nn
 
 from fasterai.core.criteria import grad_crit, large_init_large_final, movement
+from fasterai.fit.stand_in import StandIn
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.tickets.callback import KeepMasks, LotteryTicket
 from fasterai.tickets.masks import Masks
@@ -232,10 +233,14 @@ class Breaks(Callback):
 
 
 def left_behind(learn):
-    own = {"_with_events", "one_batch", "_do_one_batch", "loss_func_"} & set(vars(learn))
+    """What of ours is still on a learner, its model or its optimizer."""
+    places = (learn, learn.model, learn.opt)
+    own = [
+        k for x in places for k, v in getattr(x, "__dict__", {}).items() if isinstance(v, StandIn)
+    ]
     hooks = [m for m in learn.model.modules() if m._forward_hooks or m._forward_pre_hooks]
     named = [cb for cb in learn.cbs if type(cb).__module__.startswith("fasterai")]
-    return [*own, *hooks, *named, *("step" for _ in {"step"} & set(vars(learn.opt)))]
+    return [*own, *hooks, *named]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt("stop"), RuntimeError("bang")])
