@@ -18,8 +18,9 @@ from torch import nn
 
 from fasterai.core.criteria import grad_crit, large_init_large_final, movement
 from fasterai.fit.stand_in import StandIn
+from fasterai.sparse.callback import KeepZeros
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.tickets.callback import KeepMasks, LotteryTicket
+from fasterai.tickets.callback import LotteryTicket
 from fasterai.tickets.masks import Masks
 from fasterai.tickets.ticket import Ticket
 
@@ -297,12 +298,12 @@ def test_masks_are_kept_through_any_fit(tmp_path):
             assert not any(z.any() or z.signbit().any() for z in zeros)
             self.seen += 1
 
-    learn, watch = learner(model, cbs=KeepMasks(masks), path=tmp_path), Zeros()
+    learn, watch = learner(model, cbs=KeepZeros(masks), path=tmp_path), Zeros()
     learn.fit(2, wd=0.1, cbs=watch)
     assert watch.seen == 2 * STEPS
     learn.export("l.pkl")
     other = load_learner(tmp_path / "l.pkl")
-    assert other.keep_masks.masks == masks and not left_behind(learn)[1:]
+    assert other.keep_zeros.masks == masks and not left_behind(learn)[1:]
     other.dls = learn.dls
     other.fit(1, cbs=Zeros())
     learn.model.c1 = nn.Conv2d(8, 12, 3, padding=1)
@@ -330,8 +331,8 @@ def test_bad_arguments_are_refused_before_anything_is_trained():
             lottery.find(2, LR)
         assert lottery is None or not lottery.tickets
         assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items()), kwargs
-    with pytest.raises(TypeError, match="KeepMasks takes Masks"):
-        KeepMasks({"c1.weight": torch.ones(2)})
+    with pytest.raises(TypeError, match="masks go by parameter names"):
+        KeepZeros(torch.ones(2))
     lottery = LotteryTicket(learn, 0.5, rounds=1, rewind=12)
     ticket = lottery.find(2, LR)
     with pytest.raises(ValueError, match="from step 12, and the fit has 8 steps"):

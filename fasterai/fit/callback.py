@@ -63,6 +63,10 @@ class FitCallback(Callback):
         if learn is None:
             self._step_aside()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set it without fastai's warning that a layer of the model may have the same name."""
+        object.__setattr__(self, name, value)
+
     def before_fit(self) -> None:
         """Wait for the first batch."""
         self._step_aside()

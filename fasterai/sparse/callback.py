@@ -7,19 +7,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from ..core.criteria import Criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
-from ..core.masks import Limits, as_fraction
-from ..core.names import LayerChoice, as_choices
+from ..core.masks import Limits, apply_masks, as_fraction
+from ..core.names import LayerChoice, as_choices, plain
 from ..core.schedule import Chain, Schedule, agp, falls, goes_down
-from ..fit.callback import ScheduledCallback
+from ..fit.callback import FitCallback, ScheduledCallback
 from .choose import NothingToSparsify
+from .keep import parameters_like, zero_masks
 from .sparsifier import Sparsifier
 
-__all__ = ["SparsifyCallback"]
+__all__ = ["KeepZeros", "SparsifyCallback"]
 
 
 class SparsifyCallback(ScheduledCallback):
@@ -198,6 +200,77 @@ class SparsifyCallback(ScheduledCallback):
         """The sparsities at this share of the way; it never leads below where it began."""
         way = zip(self._from, self._to, strict=True)
         return [max(0.0, (1 - share) * a + share * max(a, b)) for a, b in way]
+
+
+class KeepZeros(FitCallback):
+    """Hold at zero, during `fit`, what is zero when it begins.
+
+    ```python
+    learn.load('sparse')
+    learn.fit_one_cycle(3, cbs=KeepZeros())
+    ```
+    For training on with a network that `SparsifyCallback`, or anybody else, made sparse. Held are
+    the zeros in weights of two or more dimensions, but not where a whole tensor is zero; and the
+    biases and the scales and shifts of norms that are zero, of units whose weights all are. After
+    every optimizer step they are +0.0 again. Nothing is attached to the model: the masks, a byte
+    an element of each parameter with such zeros, live as long as the fit.
+
+    Args:
+        masks: what to hold instead, and to zero when the fit begins: {parameter name: 0 = stays
+            zero}, such as `ticket.masks` or the `masks` of a `Sparsifier`.
+
+    Attributes:
+        zeros: the number of elements that the last fit held.
+    """
+
+    order = ScheduledCallback.order + 1  # behind what cuts
+    zeros = 0
+    _weights: tuple[Tensor, ...] = ()
+    _masks: tuple[Tensor, ...] = ()
+
+    def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        if masks is not None and not isinstance(masks, Mapping):
+            raise TypeError(f"masks go by parameter names, as in ticket.masks, got {masks!r}")
+        self.masks = masks
+
+    @property
+    def mask_bytes(self) -> int:
+        """Memory that the masks take now."""
+        return sum(mask.nbytes for mask in self._masks)
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is anything to hold."""
+        return bool(self._masks)
+
+    def begin(self) -> None:
+        """Look for zeros."""
+        model, masks = self.learn.model, self.masks
+        if masks is None:
+            masks = zero_masks(model, self.xb)
+        masks = {plain(k): m for k, m in masks.items()}
+        parameters = parameters_like({k: tuple(m.shape) for k, m in masks.items()}, model)
+        self._weights = tuple(parameters.values())
+        pairs = zip(masks.values(), self._weights, strict=True)
+        self._masks = tuple(m.to(w.device, torch.uint8) for m, w in pairs)
+        self.zeros = sum(int((mask == 0).sum()) for mask in self._masks)
+        self.hold()
+
+    def before_step(self) -> None:
+        """Look again where the network was cut since: what is zero has moved."""
+        pairs = zip(self._weights, self._masks, strict=True)
+        if self._training and any(w.shape != m.shape for w, m in pairs):
+            self.begin()
+        super().before_step()
+
+    def hold(self) -> None:
+        """Write +0.0 where zeros were."""
+        apply_masks(self._weights, self._masks)
+
+    def finish(self) -> None:
+        """Let go of the masks."""
+        self._weights = self._masks = ()
 
 
 def _initial_and_final(sparsity: Any) -> tuple[float | None, Any]:

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion, Lookup, as_criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
-from ..core.masks import Limits, apply_masks, as_fraction, choose_cuts, zero_marks
+from ..core.masks import Limits, apply_masks, choose_cuts, zero_marks
 from ..core.names import LayerChoice, plain, unknown_name, unwrapped
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
 from ..core.selection import Cut
 from ..measure.profile import macs
 from .choose import choose
-from .groups import Groups, ranking_of, write_cut
+from .groups import ranking_of, write_cut
 from .records import Records, stand_in
 from .regrow import Regrowth
 from .report import sparsity_report
+from .targets import origin, targets_of
 
 __all__ = ["Sparsifier", "Sparsity"]
 
@@ -203,27 +204,8 @@ class Sparsifier:
 
     def targets(self, sparsity: Sparsity) -> tuple[float, ...]:
         """A sparsity as fractions: one for each of the layers, or one for all under 'global'."""
-        if not isinstance(sparsity, Mapping):
-            count = 1 if self.context == "global" else len(self._groups)
-            return (self.granularity.allow(as_fraction(sparsity)),) * count
-        if self.context == "global":
-            raise ValueError("a sparsity for each layer needs context='local', got 'global'")
-        wanted = [dict[str, float]() for _ in self._groups]
-        for name, value in sparsity.items():
-            who = f"sparsity of {name!r}"
-            fraction = self.granularity.allow(as_fraction(value, who), who)
-            owners = [i for i, g in enumerate(self._groups) if name in map(plain, g.layers)]
-            if not owners:
-                raise ValueError(self._no_such(name))
-            for i in owners:
-                wanted[i][name] = fraction
-        for group, given in zip(self._groups, wanted, strict=True):
-            if len(set(given.values())) > 1:
-                raise ValueError(
-                    f"these layers are coupled and need one sparsity: {given} "
-                    f"(all of them: {', '.join(group.layers)})"
-                )
-        return tuple(next(iter(given.values()), 0.0) for given in wanted)
+        together = self.context == "global"
+        return targets_of(sparsity, self._groups, self.granularity, together, self._no_such)
 
     def held(self) -> tuple[float, ...]:
         """The share of the groups that is zero in the model, in the form of `targets`."""
@@ -243,10 +225,9 @@ class Sparsifier:
             targets: where the ways lead.
             begun: the shares of the way that were taken, in their order.
         """
-        together = self.context == "global"
-        entries = [self._groups] if together else [[g] for g in self._groups]
+        entries = [self._groups] if self.context == "global" else [[g] for g in self._groups]
         ways = zip(entries, self.held(), targets, strict=True)
-        return tuple(self._origin(*way, begun) for way in ways)
+        return tuple(origin(*way, begun, self.limits) for way in ways)
 
     def sparsify_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
         """Zero these fractions, see `targets`; on the way to those `asked` in the end."""
@@ -328,21 +309,6 @@ class Sparsifier:
         if self.context == "global":
             return round(targets[0] * sum(whole))
         return [round(s * n) for s, n in zip(targets, whole, strict=True)]
-
-    def _origin(
-        self, groups: Sequence[Groups], held: float, target: float, begun: Sequence[float]
-    ) -> float:
-        share = begun[-1] if begun else 0.0
-        if not share:
-            return held
-        whole = sum(g.whole for g in groups)
-        zeros = round(held * whole)
-        # what came back on a way down may still be zero
-        least, most = (round(s * target * whole) for s in (share, max(begun[-2:])))
-        least = min(least, sum(self.limits.most(g.size, g.free) for g in groups))
-        if least - len(groups) * (self.limits.round_to - 1) <= zeros <= most:
-            return 0.0
-        return held if share == 1 or held >= target else (held - share * target) / (1 - share)
 
     def _held(self) -> list[Tensor]:
         return [g.zeroed() for g in self._groups]

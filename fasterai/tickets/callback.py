@@ -17,46 +17,16 @@ from fastcore.basics import listify
 from torch import Tensor, nn
 
 from ..core.criteria import Criterion, as_criterion, large_final, random_scores
-from ..core.masks import apply_masks
 from ..core.names import LayerChoice, unwrapped
 from ..coupling.inputs import Inputs
 from ..fit.callback import FitCallback
+from ..sparse.callback import KeepZeros
+from ..sparse.keep import parameters_like
 from ..sparse.sparsifier import Sparsifier, Sparsity
-from .masks import Masks, parameters_like
+from .masks import Masks
 from .ticket import Ticket, snapshot
 
-__all__ = ["KeepMasks", "LotteryTicket"]
-
-
-class KeepMasks(FitCallback):
-    """Hold what masks zero at zero through a fit: `learn.fit(5, cbs=KeepMasks(ticket.masks))`.
-
-    After every optimizer step it is exactly zero again.
-    """
-
-    holds = True
-
-    def __init__(self, masks: Masks) -> None:
-        super().__init__()
-        if not isinstance(masks, Masks):
-            raise TypeError(f"KeepMasks takes Masks, as in ticket.masks, got {masks!r}")
-        self.masks = masks
-        self._held: tuple[list[Tensor], list[Tensor]] = ([], [])
-
-    def begin(self) -> None:
-        """Zero what is to stay zero."""
-        weights = parameters_like(self.masks.shapes, self.learn.model)
-        masks = [self.masks[name].to(p.device) for name, p in weights.items()]
-        self._held = (list(weights.values()), masks)
-        self.hold()
-
-    def hold(self) -> None:
-        """Zero again what the optimizer moved."""
-        apply_masks(*self._held)
-
-    def finish(self) -> None:
-        """Let go of the tensors; the masks stay."""
-        self._held = ([], [])
+__all__ = ["LotteryTicket"]
 
 
 class LotteryTicket:
@@ -208,7 +178,7 @@ class LotteryTicket:
         start.load_into(learn.model)
         learn.create_opt()
         learn.model.zero_grad()  # a fit that was broken off leaves gradients
-        cbs = [*listify(kwargs.get("cbs")), KeepMasks(start.masks)]
+        cbs = [*listify(kwargs.get("cbs")), KeepZeros(start.masks)]
         cbs += [_StartAt(start.step)] * bool(start.step) + [look] * (look is not None)
         getattr(learn, fit)(*args, **{**kwargs, "cbs": cbs})
         if look is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..core.masks import apply_masks
 from ..core.names import plain, unwrapped
+from ..sparse.keep import difference, parameters_like
 
 __all__ = ["Masks"]
 
@@ -157,7 +158,7 @@ class Masks(Mapping[str, Tensor]):
         """Write +0.0 into a model where these masks are 0, and return it.
 
         Any model will do that has parameters of these names and shapes. The zeros learn again,
-        unless `KeepMasks(masks)` takes part in the fit.
+        unless `KeepZeros(masks)` takes part in the fit.
 
         Raises:
             ValueError: it lacks some, or they have other shapes; nothing was changed.
@@ -176,38 +177,6 @@ class Masks(Mapping[str, Tensor]):
                 f"masks of different networks: {difference(self.shapes, other.shapes)}"
             )
         return ((name, self[name], other[name]) for name in self)
-
-
-def parameters_like(
-    shapes: Mapping[str, tuple[int, ...]], model: nn.Module
-) -> dict[str, nn.Parameter]:
-    """The parameters of these names.
-
-    Raises:
-        ValueError: a model that lacks some, or where they have other shapes.
-    """
-    if not isinstance(model, nn.Module):
-        fix = "; pass learn.model" if isinstance(getattr(model, "model", None), nn.Module) else ""
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{fix}")
-    named = unwrapped(model).named_parameters(remove_duplicate=False)
-    found = {plain(name): p for name, p in named}
-    here = {name: tuple(p.shape) for name, p in found.items() if name in shapes}
-    if here != dict(shapes):
-        raise ValueError(
-            f"the masks are those of another network: {difference(shapes, here)}; build "
-            f"the model as the one they came from, dense"
-        )
-    return {name: found[name] for name in shapes}
-
-
-def difference(shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]]) -> str:
-    """The first differences between the shapes there and those here, in words."""
-    names = [k for k in dict.fromkeys([*shapes, *others]) if shapes.get(k) != others.get(k)]
-    shown = [
-        f"{k!r} is {shapes.get(k, 'absent')} there and {others.get(k, 'absent')} here"
-        for k in names[:3]
-    ]
-    return "; ".join(shown + [f"and {len(names) - 3} more"] * (len(names) > 3))
 
 
 def _pack(mask: Tensor) -> bytes:

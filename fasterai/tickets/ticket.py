@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.names import plain, unwrapped
+from ..sparse.keep import difference, parameters_like
 from .files import read_ticket, write_ticket
-from .masks import Masks, difference, parameters_like
+from .masks import Masks
 
 __all__ = ["Ticket"]
 
