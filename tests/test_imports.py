@@ -10,7 +10,19 @@ import pytest
 import fasterai
 
 ROOT = Path(fasterai.__file__).parent
-ORDER = ["core", "coupling", "measure", "score", "fit", "sparse", "prune", "deploy"]
+ORDER = [
+    "core",
+    "coupling",
+    "measure",
+    "score",
+    "fit",
+    "sparse",
+    "tickets",
+    "regularize",
+    "prune",
+    "distill",
+    "deploy",
+]
 MAY = {
     "core": {"core"},
     "coupling": {"core", "coupling"},
@@ -19,6 +31,9 @@ MAY = {
     "fit": {"core", "coupling", "measure", "score", "fit"},
     "sparse": {"core", "coupling", "measure", "score", "fit", "sparse"},
     "prune": {"core", "coupling", "measure", "score", "fit", "prune"},
+    "tickets": {"core", "coupling", "measure", "score", "fit", "sparse", "tickets"},
+    "regularize": {"core", "coupling", "measure", "score", "fit", "sparse", "regularize"},
+    "distill": {"core", "coupling", "measure", "score", "fit", "distill"},
     "deploy": set(ORDER),
 }
 FILES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))

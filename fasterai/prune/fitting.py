@@ -70,17 +70,6 @@ def _attributes(plan: Plan, network: nn.Module) -> dict[nn.Module, dict[str, Any
     return attributes
 
 
-def cuts_of(plan: Plan, name: str) -> dict[int, Tensor]:
-    """The positions of a parameter or buffer that stay, by dimension."""
-    return {d: torch.tensor(index) for d, index in plan.kept.get(name, {}).items()}
-
-
-def steps_of(plan: Plan, name: str) -> list[Step]:
-    """What is done to the numbers that a cut leaves of a parameter or buffer."""
-    adjusted = plan.adjusted.get(name, ())
-    return [Step(from_runs(a.runs, plan.shape_after(name), a.factor), a.factor) for a in adjusted]
-
-
 def must_lead_to(plan: Plan, network: nn.Module) -> None:
     """Check that a network is one that a plan leads to.
 

@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from ..core.criteria import Criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
 from ..core.masks import Limits, apply_masks, as_context, as_fraction
-from ..core.names import LayerChoice, as_choices, unwrapped
+from ..core.names import LayerChoice, as_choices, plain
 from ..core.schedule import Chain, Schedule, agp, falls, goes_down
 from ..fit.callback import FitCallback, ScheduledCallback
 from .choose import NothingToSparsify
-from .keep import zero_masks
+from .keep import parameters_like, zero_masks
 from .sparsifier import Sparsifier
 
 __all__ = ["KeepZeros", "SparsifyCallback"]
@@ -214,6 +215,10 @@ class KeepZeros(FitCallback):
     every optimizer step they are +0.0 again. Nothing is attached to the model: the masks, a byte
     an element of each parameter with such zeros, live as long as the fit.
 
+    Args:
+        masks: what to hold instead, and to zero when the fit begins: {parameter name: 0 = stays
+            zero}, such as `ticket.masks` or the `masks` of a `Sparsifier`.
+
     Attributes:
         zeros: the number of elements that the last fit held.
     """
@@ -222,6 +227,12 @@ class KeepZeros(FitCallback):
     zeros = 0
     _weights: tuple[Tensor, ...] = ()
     _masks: tuple[Tensor, ...] = ()
+
+    def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        if masks is not None and not isinstance(masks, Mapping):
+            raise TypeError(f"masks go by parameter names, as in ticket.masks, got {masks!r}")
+        self.masks = masks
 
     @property
     def mask_bytes(self) -> int:
@@ -235,11 +246,16 @@ class KeepZeros(FitCallback):
 
     def begin(self) -> None:
         """Look for zeros."""
-        masks = zero_masks(self.learn.model, self.xb)
-        parameters = dict(unwrapped(self.learn.model).named_parameters())
-        self._weights = tuple(parameters[name] for name in masks)
-        self._masks = tuple(masks.values())
+        model, masks = self.learn.model, self.masks
+        if masks is None:
+            masks = zero_masks(model, self.xb)
+        masks = {plain(k): m for k, m in masks.items()}
+        parameters = parameters_like({k: tuple(m.shape) for k, m in masks.items()}, model)
+        self._weights = tuple(parameters.values())
+        pairs = zip(masks.values(), self._weights, strict=True)
+        self._masks = tuple(m.to(w.device, torch.uint8) for m, w in pairs)
         self.zeros = sum(int((mask == 0).sum()) for mask in self._masks)
+        self.hold()
 
     def before_step(self) -> None:
         """Look again where the network was cut since: what is zero has moved."""
