@@ -3,6 +3,7 @@
 from .core.criteria import *
 from .core.granularity import *
 from .core.schedule import *
+from .deploy.all import *
 from .measure.pictures import *
 from .measure.profile import *
 from .prune.all import *

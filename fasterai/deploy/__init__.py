@@ -1,0 +1,1 @@
+"""Take it out: files, folded norms, other runtimes."""

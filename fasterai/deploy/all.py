@@ -1,0 +1,3 @@
+"""Everything that takes networks out: `from fasterai.deploy.all import *`."""
+
+from .fold import *
