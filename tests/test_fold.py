@@ -155,10 +155,17 @@ READ_ELSEWHERE = {
     "a sum": lambda m, x: m.norm(y := m.conv(x)) + y,
     "an output": lambda m, x: (m.norm(y := m.conv(x)), y),
     "a view in the output": lambda m, x: (m.norm(y := m.conv(x)), y.flatten(1)),
-    "a write": lambda m, x: m.norm(m.conv(x).mul_(2)),
     "a write into a view": lambda m, x: (y := m.conv(x), y.view(-1).mul_(2), m.norm(y))[2],
     "before": lambda m, x: (y := m.conv(x), y.relu().sum() + m.norm(y))[1],
 }
+
+
+def test_what_was_written_over_is_not_what_the_layer_made():
+    parts = {"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4)}
+    model = Custom(lambda m, x: m.norm(F.relu_(m.conv(x))), **parts)
+    assert reasons(model.eval(), images()) == {
+        "norm": "no conv or linear layer makes what it reads"
+    }
 
 
 @pytest.mark.parametrize("how", READ_ELSEWHERE)

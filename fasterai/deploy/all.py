@@ -1,3 +1,4 @@
 """Everything that takes networks out: `from fasterai.deploy.all import *`."""
 
 from .fold import *
+from .sparse_files import *

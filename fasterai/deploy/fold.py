@@ -60,7 +60,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> nn.Module:
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
 
     Raises:
-        ValueError: the network is in training mode or cannot be run on the inputs.
+        ValueError: the network is in training mode, cannot be copied or not be run on the inputs.
     """
     folded, table = _folded(model, example_inputs)
     if table.empty or not (table["reason"] == "").any():
@@ -123,7 +123,7 @@ class _Comparison:
     def _same_in_double(self, change: Callable[[nn.Module], nn.Module]) -> bool:
         batches = [b.to(torch.float64) for b in self.batches]
         try:
-            exact = copy.deepcopy(self.model).double()
+            exact = _copied(self.model).double()
             return differences(_outputs(exact, batches), _outputs(change(exact), batches)).small
         except Exception:  # it insists on its precision
             return False
@@ -144,7 +144,7 @@ def _outputs(model: nn.Module, batches: Sequence[Inputs]) -> list[list[Tensor]]:
 
 def _apply(model: nn.Module, folds: Sequence[_Fold]) -> nn.Module:
     """A copy of a network with these norms folded."""
-    folded = copy.deepcopy(model)
+    folded = _copied(model)
     modules = dict(folded.named_modules())
     for name, targets in folds:
         norm = modules[name]
@@ -156,6 +156,16 @@ def _apply(model: nn.Module, folds: Sequence[_Fold]) -> nn.Module:
                 if module is norm:
                     parent._modules[child] = beyond(norm)
     return folded
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever a network keeps that has no copy
+        raise ValueError(
+            f"the network cannot be copied ({type(error).__name__}: {error}): pass one that "
+            f"copy.deepcopy takes"
+        ) from error
 
 
 def _take_in(layer: nn.Module, target: _Target, scale: Tensor, shift: Tensor) -> None:

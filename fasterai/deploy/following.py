@@ -166,6 +166,9 @@ class _Watcher(TorchDispatchMode):
                 known = self.turned.get(x, x)
                 if id(known) in self.parameters:
                     self.seen.elsewhere.add(id(known))
+        for x in operands_in((out,)):
+            if any(x is y for y in operands):  # written over
+                self.results.pop(x, None)
 
     def _moved(self, func: Any, x: Any, rest: Any, kwargs: Any, out: Tensor) -> bool:
         """Follow elements that were moved: a reader of the result reads what the layer made."""
