@@ -49,7 +49,14 @@ def learner(model=None, **kwargs):
     torch.manual_seed(0)
     random.seed(0)  # fastai's DataLoader shuffles by it
     loss = nn.CrossEntropyLoss()
-    learn = Learner(data(), model or make(Residual), loss, metrics=accuracy, lr=1e-2, **kwargs)
+    learn = Learner(
+        data(),
+        make(Residual) if model is None else model,
+        loss,
+        metrics=accuracy,
+        lr=1e-2,
+        **kwargs,
+    )
     learn.remove_cb(learn.progress)
     learn.logger = lambda _: None
     return learn
@@ -169,6 +176,15 @@ def test_a_second_fit_goes_on_where_the_first_stopped():
     assert (learn.model.c1.weight[zero] == 0).all()
     learn.fit(1, cbs=[SparsifyCallback(0.1, "filter"), watch])
     assert watch.seen[-1] == 8
+
+
+def test_a_model_may_use_the_same_names():
+    model = make(Residual)
+    model.history, model.criteria, model.schedule, model._done = [], 1, 2, 3
+    learn = learner(model)
+    cb = SparsifyCallback(0.5)
+    learn.fit(1, cbs=cb)
+    assert cb.history and not model.history and learn.schedule == 2
 
 
 def test_initial_sparsity_and_sparsity_by_layer():

@@ -10,13 +10,14 @@ import pytest
 import fasterai
 
 ROOT = Path(fasterai.__file__).parent
-ORDER = ["core", "coupling", "measure", "sparse", "prune", "deploy"]
+ORDER = ["core", "coupling", "measure", "fit", "sparse", "prune", "deploy"]
 MAY = {
     "core": {"core"},
     "coupling": {"core", "coupling"},
     "measure": {"core", "coupling", "measure"},
-    "sparse": {"core", "coupling", "measure", "sparse"},
-    "prune": {"core", "coupling", "measure", "prune"},
+    "fit": {"core", "coupling", "measure", "fit"},
+    "sparse": {"core", "coupling", "measure", "fit", "sparse"},
+    "prune": {"core", "coupling", "measure", "fit", "prune"},
     "deploy": set(ORDER),
 }
 FILES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))

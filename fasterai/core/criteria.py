@@ -49,6 +49,10 @@ NEEDS = ("initial", "previous", "gradient")
 Lookup = Callable[[str, str], Tensor]  # what is needed, of which parameter
 
 
+class NothingToCompare(ValueError):
+    """All scores are equal: nothing was trained since the records, or there are no gradients."""
+
+
 @dataclass(frozen=True)
 class Criterion:
     """Scores for the elements of a weight, and how those of a group become one.

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-__all__ = ["LayerChoice", "as_choices", "pick", "unknown_name"]
+__all__ = ["LayerChoice", "as_choices", "pick", "plain", "unknown_name", "unwrapped"]
 
 LayerChoice = str | type[nn.Module]
 
@@ -33,13 +33,14 @@ def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argumen
     if not isinstance(model, nn.Module):
         fix = "; pass learn.model" if isinstance(getattr(model, "model", None), nn.Module) else ""
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{fix}")
-    names = [name for name, _ in model.named_modules()]
+    names = {name: plain(name) for name, _ in model.named_modules()}
     chosen: set[str] = set()
     for choice in as_choices(choices):
         if isinstance(choice, str):
-            if choice not in names or not choice:
-                raise ValueError(unknown_name(choice, names, argument))
-            chosen.update(n for n in names if n == choice or n.startswith(f"{choice}."))
+            if choice not in names.values() or not choice:
+                raise ValueError(unknown_name(choice, names.values(), argument))
+            inside = f"{choice}."
+            chosen.update(n for n, k in names.items() if k == choice or k.startswith(inside))
         elif isinstance(choice, type) and issubclass(choice, nn.Module):
             chosen.update(n for n, m in model.named_modules() if isinstance(m, choice))
         else:
@@ -49,8 +50,32 @@ def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argumen
 
 def unknown_name(name: str, known: Iterable[str], argument: str) -> str:
     """The message for a layer that does not exist."""
-    near = get_close_matches(name, [n for n in known if n], n=3, cutoff=0.5)
+    known = list(dict.fromkeys(n for n in known if n))
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    wrapped = [k for k in known if name.removeprefix("module.") == k or plain(name) == k]
+    if wrapped:
+        return f"{argument}: names go without what wraps the model: {wrapped[0]!r}, not {name!r}"
     hint = (
         f"; did you mean {', '.join(map(repr, near))}?" if near else "; see model.named_modules()"
     )
     return f"{argument}: the model has no layer {name!r}{hint}"
+
+
+def plain(name: str) -> str:
+    """A module's name without what `torch.compile` puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside `torch.compile`, `DistributedDataParallel` and `DataParallel`.
+
+    Its parameters are those of the wrapper; its names have no `_orig_mod.` or `module.` in front.
+    """
+    while isinstance(model, nn.Module):
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        else:
+            break
+    return model

@@ -7,25 +7,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from fastai.callback.core import Callback
-from fastai.learner import Recorder
 from torch import Tensor
 
-from ..core.criteria import Criterion, as_criterion, large_final
+from ..core.criteria import Criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
-from ..core.masks import Limits, as_fraction
-from ..core.names import LayerChoice, as_choices
-from ..core.schedule import Chain, Schedule, agp, as_schedule, falls, goes_down
-from ..measure.pictures import plot_steps
+from ..core.masks import Limits, apply_masks, as_fraction
+from ..core.names import LayerChoice, as_choices, unwrapped
+from ..core.schedule import Chain, Schedule, agp, falls, goes_down
+from ..fit.callback import FitCallback, ScheduledCallback
 from .choose import NothingToSparsify
-from .records import NothingToCompare
+from .keep import zero_masks
 from .sparsifier import Sparsifier
 
-__all__ = ["SparsifyCallback"]
+__all__ = ["KeepZeros", "SparsifyCallback"]
 
 
-class SparsifyCallback(Callback):
+class SparsifyCallback(ScheduledCallback):
     """Drive weights to zero during `fit`, a share that grows by a schedule.
 
     ```python
@@ -38,7 +36,8 @@ class SparsifyCallback(Callback):
         sparsity: the share of the groups to zero, a fraction in [0, 1]; a pair
             (initial, final), the initial one from the first step on; or {layer name: fraction}
             under 'local', the others staying dense. Without an initial value the way begins at
-            what is already zero, and that stays zero.
+            what is already zero, and that stays zero; with `start_epoch` it goes on from there,
+            as far as it is by then.
         granularity: 'weight', 'row', 'column', 'kernel', 'filter', '2:4', ...; see `Sparsifier`.
             Under an N:M pattern the sparsity is the share of all weights, at most 1 - N / M.
         context: 'local' reaches the sparsity in each layer, 'global' over all of them.
@@ -57,10 +56,12 @@ class SparsifyCallback(Callback):
         example_inputs: to see which layers are coupled; default the first training batch.
         mixed: 'filter' also zeroes channels that layer, RMS and group norms normalise together.
         whole_heads: attention heads are zeroed as a whole; else each becomes narrower.
+        hold_trackers: `SaveModelCallback`, `EarlyStoppingCallback`, `ReduceLROnPlateau` and other
+            trackers do not judge epochs before the target is reached: the best of those would be
+            a network that is less sparse. What every epoch saves (`every_epoch`) goes on.
     """
 
-    order = Recorder.order + 5  # after its columns, before the progress bar shows them
-    remove_on_fetch = True
+    columns = ("sparsity",)
 
     @explain_former()
     def __init__(
@@ -78,8 +79,9 @@ class SparsifyCallback(Callback):
         example_inputs: Any = None,
         mixed: bool = False,
         whole_heads: bool = False,
+        hold_trackers: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(criteria, schedule, hold_trackers)
         if context not in ("local", "global"):
             raise ValueError(f"context must be 'local' or 'global', got {context!r}")
         self.initial, self.sparsity = _initial_and_final(sparsity)
@@ -89,68 +91,12 @@ class SparsifyCallback(Callback):
             grain.allow(value, "sparsity" if layer is None else f"sparsity of {layer!r}")
         self.granularity = grain.name
         self.context = context
-        self.criteria = as_criterion(criteria)
-        self.schedule = as_schedule(schedule)
         Limits(min_keep, round_to)
         self.min_keep, self.round_to = min_keep, round_to
         self.layers = None if layers is None else as_choices(layers)
         self.exclude, self.example_inputs = as_choices(exclude), example_inputs
         self.mixed, self.whole_heads = mixed, whole_heads
-        self.history: list[tuple[int, float]] = []
         self._sparsifier: Sparsifier | None = None
-        self._training = self._silent = False
-
-    # --- events --------------------------------------------------------------------------------
-
-    def before_fit(self) -> None:
-        """Add the column; what needs a batch waits for the first one."""
-        self._training = False
-        self._silent = hasattr(self.learn, "lr_finder") or hasattr(self.learn, "gather_preds")
-        if not self._silent and hasattr(self.learn, "recorder"):
-            names = self.learn.recorder.metric_names
-            at = len(names) - bool(self.learn.recorder.add_time)
-            self.learn.recorder.metric_names = names[:at] + ["sparsity"] + names[at:]
-
-    def before_batch(self) -> None:
-        """Start with the first training batch; an update may be due at step 0."""
-        if self._silent or not self.training:
-            return
-        if not self._training:
-            self._start()
-        if not self._reads_gradients:
-            self._update(self._finished)
-
-    def before_step(self) -> None:
-        """Update where the criterion reads gradients: they are complete, and not yet zeroed."""
-        if self._training and self._reads_gradients:
-            self._update(self._finished + 1)
-
-    def after_step(self) -> None:
-        """Zero again what the optimizer moved."""
-        if self._training and self._sparsifier is not None:
-            self._sparsifier.apply()
-
-    def after_batch(self) -> None:
-        """Update, where one is due after this many batches."""
-        if not (self._training and self.training):
-            return
-        last = self._finished + 1 == self._total
-        if last or not self._reads_gradients:  # accumulated gradients may end without a step
-            self._update(self._finished + 1)
-        if last and self._waiting:
-            warnings.warn(f"the target was not reached: {self._waiting}", stacklevel=2)
-
-    def after_validate(self) -> None:
-        """Fill the column."""
-        if self._training and hasattr(self.learn, "recorder"):
-            reached = self._sparsifier.reached() if self._sparsifier is not None else 0.0
-            self.learn.recorder.log.append(reached)
-
-    def after_fit(self) -> None:
-        """Let go of the masks and of what the criterion needed."""
-        self._training = self._silent = False
-        if self._sparsifier is not None:
-            self._sparsifier.release()
 
     # --- afterwards ----------------------------------------------------------------------------
 
@@ -162,44 +108,61 @@ class SparsifyCallback(Callback):
 
     def plot_sparsity(self, ax: Any = None) -> Any:
         """Draw the sparsity reached over the steps of the last fit; returns the axes."""
-        if not self.history:
-            raise RuntimeError("nothing to plot yet: fit with this callback first")
         title = f"{self.granularity} sparsity, schedule {self.schedule.name or 'of your own'}"
-        return plot_steps(
-            self.history, self._total, ylabel="share of groups at zero", title=title, ax=ax
-        )
+        return self._plot("share of groups at zero", title, ax)
 
-    # --- inside --------------------------------------------------------------------------------
+    # --- on the way ----------------------------------------------------------------------------
 
-    @property
-    def _finished(self) -> int:
-        return self.epoch * self.n_iter + self.iter
-
-    @property
-    def _reads_gradients(self) -> bool:
-        return "gradient" in self.criteria.needs
-
-    def _start(self) -> None:
-        """Look at the model and the schedule; raises before anything is changed."""
-        self._total = self.n_epoch * self.n_iter
-        self._updates = self.schedule.updates(self._total, self.n_iter)
-        self._warn_of_span()
-        self.history, self._done, self._share, self._waiting = [], 0, 0.0, ""
+    def begin(self) -> bool:
+        """See which groups there are and where they should go."""
         self._sparsifier = sparsifier = self._sparsifier_of_model()
-        if sparsifier is not None:
-            self._to = sparsifier.targets(self.sparsity)
-            initial = self.initial
-            self._from = sparsifier.held() if initial is None else sparsifier.targets(initial)
-            if any(self._to):
-                sparsifier.try_criteria()  # one that fails does so before training
-            if not any(self._to):
-                sparsifier.release()  # nothing is asked: train as without a callback
-            sparsifier.apply()
-            early = self._updates[0][0] > 0 and not self.criteria.needs
-            if initial is not None and any(self._from) and early:
-                sparsifier.sparsify_to(self._from, asked=self._to)
-                self.history.append((0, sparsifier.reached()))
-        self._training = True
+        if sparsifier is None:
+            return False
+        self._to = sparsifier.targets(self.sparsity)
+        initial = self.initial
+        if initial is None:
+            self._from = sparsifier.origins(self._to, self._begun)
+        else:
+            self._from = sparsifier.targets(initial)
+        if any(self._to):
+            sparsifier.try_criteria()  # one that fails does so before training
+        else:
+            sparsifier.release()  # nothing is asked: train as without a callback
+        sparsifier.apply()
+        early = self._updates[0][0] > self.finished and not self.criteria.needs
+        if initial is not None and any(self._from) and early:
+            sparsifier.sparsify_to(self._from, asked=self._to)
+            self.history.append((self.finished, sparsifier.reached()))
+        return any(self._to)
+
+    @property
+    def holds(self) -> bool:
+        """Whether there are zeros to hold."""
+        return self._sparsifier is not None
+
+    def hold(self) -> None:
+        """Zero again what the optimizer moved."""
+        self._sparsifier.apply()
+
+    def go(self, share: float, before: float) -> None:
+        """Zero more groups, or let some come back."""
+        if falls(before, share):
+            self._sparsifier.regrow_to(self._at(share), asked=self._at(self._updates[-1][1]))
+        else:
+            self._sparsifier.sparsify_to(self._at(share), asked=self._to)
+
+    def reached(self) -> float:
+        """The share of the groups that is held at zero."""
+        return 0.0 if self._sparsifier is None else self._sparsifier.reached()
+
+    def arrived(self) -> bool:
+        """Whether all that is asked was zero when the fit began."""
+        return all(a >= b for a, b in zip(self._from, self._to, strict=True))
+
+    def finish(self) -> None:
+        """Let go of the masks and of what the criterion needed."""
+        if self._sparsifier is not None:
+            self._sparsifier.release()
 
     def _sparsifier_of_model(self) -> Sparsifier | None:
         example = self.xb if self.example_inputs is None else self.example_inputs
@@ -232,56 +195,66 @@ class SparsifyCallback(Callback):
             )
         return sparsifier
 
-    def _update(self, finished: int) -> None:
-        """Go to the last update that is due, if it is a new one."""
-        due = self._done
-        while due < len(self._updates) and self._updates[due][0] <= finished:
-            due += 1
-        if due == self._done:
-            return
-        done, self._done, self._waiting = self._done, due, ""
-        if self._sparsifier is None:
-            return
-        share, before = self._updates[due - 1][1], self._share
-        self._share = share
-        if not any(self._to):
-            return
-        try:
-            if falls(before, share):
-                self._sparsifier.regrow_to(self._at(share), asked=self._at(self._updates[-1][1]))
-            else:
-                self._sparsifier.sparsify_to(self._at(share), asked=self._to)
-        except NothingToCompare as error:
-            self._done, self._share, self._waiting = done, before, str(error)
-            return
-        self.history.append((finished, self._sparsifier.reached()))
-
     def _at(self, share: float) -> list[float]:
         """The sparsities at this share of the way; it never leads below where it began."""
         way = zip(self._from, self._to, strict=True)
-        return [(1 - share) * a + share * max(a, b) for a, b in way]
+        return [max(0.0, (1 - share) * a + share * max(a, b)) for a, b in way]
 
-    def _warn_of_span(self) -> None:
-        first, last = self._updates[0][0], self._updates[-1][0]
-        if first > self._total or (first == self._total and len(self._updates) > 1):
-            warnings.warn(
-                f"the schedule never fires: it starts at step {first}, the fit has {self._total}; "
-                f"train longer or start it earlier, as in schedule.over(start=0.2)",
-                stacklevel=2,
-            )
-        elif last > self._total:
-            warnings.warn(
-                f"the target is not reached in this fit: the last update is due at step {last}, "
-                f"the fit has {self._total}; train longer, end it earlier or update more often",
-                stacklevel=2,
-            )
-        elif max(share for _, share in self._updates) < 1:
-            furthest = max(share for _, share in self._updates)
-            warnings.warn(
-                f"the schedule gets to {furthest:.0%} of the way to the target: it should go from "
-                f"progress to the share of the way, and reach 1",
-                stacklevel=2,
-            )
+
+class KeepZeros(FitCallback):
+    """Hold at zero, during `fit`, what is zero when it begins.
+
+    ```python
+    learn.load('sparse')
+    learn.fit_one_cycle(3, cbs=KeepZeros())
+    ```
+    For training on with a network that `SparsifyCallback`, or anybody else, made sparse. Held are
+    the zeros in weights of two or more dimensions, but not where a whole tensor is zero; and the
+    biases and the scales and shifts of norms that are zero, of units whose weights all are. After
+    every optimizer step they are +0.0 again. Nothing is attached to the model: the masks, a byte
+    an element of each parameter with such zeros, live as long as the fit.
+
+    Attributes:
+        zeros: the number of elements that the last fit held.
+    """
+
+    order = ScheduledCallback.order + 1  # behind what cuts
+    zeros = 0
+    _weights: tuple[Tensor, ...] = ()
+    _masks: tuple[Tensor, ...] = ()
+
+    @property
+    def mask_bytes(self) -> int:
+        """Memory that the masks take now."""
+        return sum(mask.nbytes for mask in self._masks)
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is anything to hold."""
+        return bool(self._masks)
+
+    def begin(self) -> None:
+        """Look for zeros."""
+        masks = zero_masks(self.learn.model, self.xb)
+        parameters = dict(unwrapped(self.learn.model).named_parameters())
+        self._weights = tuple(parameters[name] for name in masks)
+        self._masks = tuple(masks.values())
+        self.zeros = sum(int((mask == 0).sum()) for mask in self._masks)
+
+    def before_step(self) -> None:
+        """Look again where the network was cut since: what is zero has moved."""
+        pairs = zip(self._weights, self._masks, strict=True)
+        if self._training and any(w.shape != m.shape for w, m in pairs):
+            self.begin()
+        super().before_step()
+
+    def hold(self) -> None:
+        """Write +0.0 where zeros were."""
+        apply_masks(self._weights, self._masks)
+
+    def finish(self) -> None:
+        """Let go of the masks."""
+        self._weights = self._masks = ()
 
 
 def _initial_and_final(sparsity: Any) -> tuple[float | None, Any]:

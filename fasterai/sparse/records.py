@@ -7,11 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..core.criteria import NothingToCompare
+
 __all__ = ["NothingToCompare", "Records", "stand_in"]
-
-
-class NothingToCompare(ValueError):
-    """All scores are equal: nothing was trained since the records, or there are no gradients."""
 
 
 class Records:

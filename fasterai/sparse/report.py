@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.masks import Limits
+from ..core.names import plain
 from .groups import Groups
 
 __all__ = ["sparsity_report"]
@@ -45,7 +46,9 @@ def sparsity_report(
             bound = sum(limits.most(g.size, g.free) for g in groups)
             free = sum(g.free for g in groups)
             total["limit"] = _limit(total["zeros"], n, free, bound, limits.round_to)
-    left = [{"layer": k, "coupled": "", "groups": 0, "limit": why} for k, why in skipped.items()]
+    left = [
+        {"layer": plain(k), "coupled": "", "groups": 0, "limit": why} for k, why in skipped.items()
+    ]
     order = ["layer", "coupled", "groups", "asked", "n", "zeros", "reached", "limit", *_COUNTS]
     table = pd.DataFrame([*rows, *left, total], columns=order)
     return table.astype(dict.fromkeys(["groups", "n", "zeros", *_COUNTS], "Int64"))
@@ -56,8 +59,8 @@ def _row(
 ) -> dict[str, Any]:
     zeros = int(group.zeroed().count_nonzero())
     row = {
-        "layer": group.name,
-        "coupled": ", ".join(group.coupled),
+        "layer": plain(group.name),
+        "coupled": ", ".join(map(plain, group.coupled)),
         "groups": group.whole,
         "zeros": zeros,
         "reached": zeros / group.whole,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion, Lookup, as_criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
-from ..core.masks import Limits, apply_masks, as_fraction, choose_cuts, zero_marks
-from ..core.names import LayerChoice, unknown_name
+from ..core.masks import Limits, apply_masks, choose_cuts, zero_marks
+from ..core.names import LayerChoice, plain, unknown_name, unwrapped
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
 from ..core.selection import Cut
 from ..measure.profile import macs
@@ -22,6 +22,7 @@ from .groups import ranking_of, write_cut
 from .records import Records, stand_in
 from .regrow import Regrowth
 from .report import sparsity_report
+from .targets import origin, targets_of
 
 __all__ = ["Sparsifier", "Sparsity"]
 
@@ -52,7 +53,8 @@ class Sparsifier:
     Zeros that the model already has stay zero. Nothing is attached to the model.
 
     Args:
-        model: any network.
+        model: any network. One that `torch.compile` or `DistributedDataParallel` wraps goes by the
+            names inside, without `_orig_mod.` and `module.`.
         granularity: which weights go together: 'weight', 'row', 'column', 'kernel', 'filter', ...,
             a set of dimensions such as 'o h', blocks such as 'o/16 i', or a pattern such as '2:4';
             see `Granularity`. 'filter' zeroes whole units, with their biases and the scales and
@@ -113,8 +115,9 @@ class Sparsifier:
         if regrow and self.granularity.pattern is not None:
             raise ValueError(_PATTERNS_STAY)
         self.asked: tuple[float, ...] | None = None
+        self._network = network = unwrapped(model)
         choice = choose(
-            model, self.granularity, layers, exclude, example_inputs, mixed, whole_heads
+            network, self.granularity, layers, exclude, example_inputs, mixed, whole_heads
         )
         self._groups, self._inputs = choice.groups, choice.inputs
         self.skipped, self.frozen_share = choice.skipped, choice.frozen_share
@@ -182,7 +185,7 @@ class Sparsifier:
         until they are removed.
         """
         self._refuse_pruned()
-        counted = macs(self.model, self._inputs) if self._inputs is not None else {}
+        counted = macs(self._network, self._inputs) if self._inputs is not None else {}
         together = self.context == "global"
         return sparsity_report(
             self._groups, self.skipped, self.asked, together, self.limits, counted
@@ -201,27 +204,8 @@ class Sparsifier:
 
     def targets(self, sparsity: Sparsity) -> tuple[float, ...]:
         """A sparsity as fractions: one for each of the layers, or one for all under 'global'."""
-        if not isinstance(sparsity, Mapping):
-            count = 1 if self.context == "global" else len(self._groups)
-            return (self.granularity.allow(as_fraction(sparsity)),) * count
-        if self.context == "global":
-            raise ValueError("a sparsity for each layer needs context='local', got 'global'")
-        wanted = [dict[str, float]() for _ in self._groups]
-        for name, value in sparsity.items():
-            who = f"sparsity of {name!r}"
-            fraction = self.granularity.allow(as_fraction(value, who), who)
-            owners = [i for i, g in enumerate(self._groups) if name in g.layers]
-            if not owners:
-                raise ValueError(self._no_such(name))
-            for i in owners:
-                wanted[i][name] = fraction
-        for group, given in zip(self._groups, wanted, strict=True):
-            if len(set(given.values())) > 1:
-                raise ValueError(
-                    f"these layers are coupled and need one sparsity: {given} "
-                    f"(all of them: {', '.join(group.layers)})"
-                )
-        return tuple(next(iter(given.values()), 0.0) for given in wanted)
+        together = self.context == "global"
+        return targets_of(sparsity, self._groups, self.granularity, together, self._no_such)
 
     def held(self) -> tuple[float, ...]:
         """The share of the groups that is zero in the model, in the form of `targets`."""
@@ -230,6 +214,20 @@ class Sparsifier:
         if self.context == "global":
             return (sum(zeros) / sum(whole),)
         return tuple(z / n for z, n in zip(zeros, whole, strict=True))
+
+    def origins(self, targets: Sequence[float], begun: Sequence[float]) -> tuple[float, ...]:
+        """Where ways to `targets` began that hold what is zero now, see `targets`.
+
+        Without a share of the way behind, that is what is held. Else it is 0, where a way from 0
+        would have come here; or what leads straight on from here to the target, also less than 0.
+
+        Args:
+            targets: where the ways lead.
+            begun: the shares of the way that were taken, in their order.
+        """
+        entries = [self._groups] if self.context == "global" else [[g] for g in self._groups]
+        ways = zip(entries, self.held(), targets, strict=True)
+        return tuple(origin(*way, begun, self.limits) for way in ways)
 
     def sparsify_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
         """Zero these fractions, see `targets`; on the way to those `asked` in the end."""
@@ -330,11 +328,13 @@ class Sparsifier:
         pairs = zip(found, self._regrowth.zero, strict=True)
         return [ScoreRanking(list, r.marks & z.to(r.marks.device)) for r, z in pairs]
 
-    @staticmethod
-    def _more(counts: int | Sequence[int], held: Sequence[int]) -> bool:
+    def _more(self, counts: int | Sequence[int], held: Sequence[int]) -> bool:
+        """Whether groups are to go beside those held: there are such that may."""
+        most = [self.limits.most(g.size, g.free) for g in self._groups]
+        left = any(m > h for m, h in zip(most, held, strict=True))
         if isinstance(counts, int):
-            return counts > sum(held)
-        return any(n > h for n, h in zip(counts, held, strict=True))
+            return left and counts > sum(held)
+        return any(min(n, m) > h for n, m, h in zip(counts, most, held, strict=True))
 
     def _set(self, rankings: Sequence[Ranking], cuts: Sequence[Cut | None]) -> None:
         pairs = zip(self._groups, rankings, strict=True)
@@ -351,8 +351,9 @@ class Sparsifier:
     def _no_such(self, name: object) -> str:
         if not isinstance(name, str):
             return f"a sparsity for each layer goes by names of layers, got {name!r}"
-        if name in self.skipped:
-            return f"layer {name!r} cannot be sparsified: {self.skipped[name]}"
-        if name in dict(self.model.named_modules()):
+        skipped = {plain(k): why for k, why in self.skipped.items()}
+        if name in skipped:
+            return f"layer {name!r} cannot be sparsified: {skipped[name]}"
+        if name in (plain(k) for k, _ in self._network.named_modules()):
             return f"layer {name!r} is not among the layers to sparsify"
-        return unknown_name(name, [k for g in self._groups for k in g.layers], "sparsity")
+        return unknown_name(name, [plain(k) for g in self._groups for k in g.layers], "sparsity")

@@ -1,0 +1,1 @@
+"""What callbacks that follow a schedule during a fit have in common."""
