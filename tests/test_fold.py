@@ -284,8 +284,14 @@ def test_a_network_in_training_mode_is_refused():
     model[1].train()
     with pytest.raises(ValueError, match=r"1 is in training mode.*model.eval\(\)"):
         fold_batchnorm(model, images())
-    with pytest.raises(TypeError, match="torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"torch.nn.Module"):
         fold_batchnorm("resnet18", images())
+
+
+def test_a_wrapped_network_is_folded_inside():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    small = fold_batchnorm(torch.compile(model, backend="eager"), images())
+    assert isinstance(small, nn.Sequential) and isinstance(small[1], nn.Identity)
 
 
 def test_nothing_is_left_behind():

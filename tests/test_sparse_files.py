@@ -180,6 +180,13 @@ def test_a_model_keeps_its_parameters_and_its_layout(tmp_path):
     assert torch.isfinite(other[3].weight).all()
 
 
+def test_wrapped_models_share_their_files(tmp_path):
+    save_sparse(torch.compile(network(), backend="eager"), tmp_path / "a")
+    other = torch.compile(network(1), backend="eager")
+    assert load_sparse(tmp_path / "a", other) is other
+    assert same(other._orig_mod[3].weight, network()[3].weight)
+
+
 def test_files_that_do_not_fit_change_nothing(tmp_path):
     save_sparse(network(), tmp_path / "a")
     for other, why in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 from torch import nn
 
@@ -30,9 +31,7 @@ def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argumen
         ValueError: a name the model does not have; near matches are listed.
         TypeError: neither a name nor a module type.
     """
-    if not isinstance(model, nn.Module):
-        fix = "; pass learn.model" if isinstance(getattr(model, "model", None), nn.Module) else ""
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{fix}")
+    _must_be_module(model)
     names = {name: plain(name) for name, _ in model.named_modules()}
     chosen: set[str] = set()
     for choice in as_choices(choices):
@@ -66,12 +65,22 @@ def plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
+def _must_be_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        fix = "; pass learn.model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{fix}")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside `torch.compile`, `DistributedDataParallel` and `DataParallel`.
 
     Its parameters are those of the wrapper; its names have no `_orig_mod.` or `module.` in front.
+
+    Raises:
+        TypeError: no module.
     """
-    while isinstance(model, nn.Module):
+    _must_be_module(model)
+    while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif "_orig_mod" in model._modules:

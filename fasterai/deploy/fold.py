@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..core.names import unwrapped
 from ..coupling.inputs import Inputs, plainly, run_quietly, tensors_in
 from ..coupling.probe import settle
 from ..prune.check import differences
@@ -76,8 +77,7 @@ def fold_report(model: nn.Module, example_inputs: Any) -> pd.DataFrame:
 
 def _folded(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, pd.DataFrame]:
     """The folded copy, and what became of each norm."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     training = next((n or "the network" for n, m in model.named_modules() if m.training), None)
     if training is not None:
         raise ValueError(

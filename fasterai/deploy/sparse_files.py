@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..core.names import unwrapped
 from .forms import decode, encode
 
 __all__ = ["SparseFileError", "load_sparse", "save_sparse"]
@@ -81,7 +82,7 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], file: _Path) -> None:
     Raises:
         TypeError: something is no dense tensor.
     """
-    state = model.state_dict() if isinstance(model, nn.Module) else model
+    state = unwrapped(model).state_dict() if isinstance(model, nn.Module) else model
     if not isinstance(state, Mapping):
         raise TypeError(
             f"save_sparse takes a network or its state dict, got {type(state).__name__}"
@@ -132,7 +133,7 @@ def load_sparse(file: _Path, model: nn.Module | None = None) -> Any:
     try:
         if model is None:
             return _read(file)
-        _put(model, _read(file, mapped=False))
+        _put(unwrapped(model), _read(file, mapped=False))
     except _DAMAGE as error:
         raise SparseFileError(f"{os.fspath(file)} was not loaded: {error}") from error
     return model
@@ -315,8 +316,6 @@ def _put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _targets(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters and buffers of a model that a state dict is for."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     targets = model.state_dict(keep_vars=True)
     for only, where in ((state.keys() - targets, "model"), (targets.keys() - state, "file")):
         if only:
