@@ -185,8 +185,9 @@ def shake(model):
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(m.running_mean, 0, 0.3)
             nn.init.uniform_(m.running_var, 0.5, 1.5)
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, 0, 0.3)
+            if m.affine:
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias, 0, 0.3)
     return model
 
 

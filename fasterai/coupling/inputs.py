@@ -145,6 +145,11 @@ class Inputs:
         args, kwargs = tree_map(_each_tensor(Tensor.clone), (self.args, self.kwargs))
         return Inputs(args, kwargs, self.samples)
 
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same inputs, floating ones in another precision."""
+        cast = _each_tensor(lambda x: x.to(dtype) if x.is_floating_point() else x)
+        return Inputs(*tree_map(cast, (self.args, self.kwargs)), self.samples)
+
     def __call__(self, model: nn.Module) -> Any:
         """Run `model` on copies of these inputs, as its training mode stands."""
         copies = self.copies()

@@ -1,1 +1,1 @@
-"""Bring what was trained elsewhere: save and load."""
+"""Take it out: files, folded norms, other runtimes."""

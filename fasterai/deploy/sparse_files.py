@@ -1,0 +1,339 @@
+"""Files in which zeros take no room: each tensor in its smallest lossless form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..core.names import unwrapped
+from .forms import decode, encode
+
+__all__ = ["SparseFileError", "load_sparse", "save_sparse"]
+
+_FORMAT = "1"
+_Path = str | os.PathLike[str]
+_NAMES = """float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool uint64 uint32 uint16
+    complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"""
+_DTYPES = {name: getattr(torch, name) for name in _NAMES.split() if hasattr(torch, name)}
+_PLAIN = set(_NAMES.split()[:10])  # these every reader of safetensors knows
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_COLUMNS = 1021  # a prime: blocks of a disk that are mixed up fall into other columns
+_PARTS = {"dense": ("",), "mask": ("mask", "values"), "same": ()}
+_PARTS |= dict.fromkeys(("gaps4", "gaps8"), ("gaps", "values"))
+
+
+# whatever reading leads to that was not written
+_DAMAGE = (SafetensorError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError)
+_DAMAGE += (TypeError, ValueError)
+
+
+class SparseFileError(ValueError):
+    """A file that is damaged or foreign, or does not fit the model; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a file says of a tensor.
+
+    Args:
+        form: see `forms`; 'same': it is one with another tensor.
+        dtype: by name.
+        shape: of the tensor.
+        order: its dimensions, from the outermost in memory to the innermost.
+        of: the name of that other tensor.
+    """
+
+    form: str
+    dtype: str
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    of: str = ""
+
+    def parts(self, name: str) -> dict[str, str]:
+        """The name of each part of the tensor in the file."""
+        return {part: f"{name}#{part}" if part else name for part in _PARTS[self.form]}
+
+
+def save_sparse(model: nn.Module | Mapping[str, Tensor], file: _Path) -> None:
+    """Write a network's tensors to a safetensors file in which zeros take next to no room.
+
+    Each tensor takes the smallest of these forms: as it is; its values and a bit for each element;
+    its values and the gaps between them. Every bit is kept, those of -0.0 and nan, too, and which
+    tensors are one. Dense tensors can be read with any reader of safetensors. A file of that name
+    is replaced when all is written.
+
+    Args:
+        model: the network, or its state dict.
+        file: where to.
+
+    Raises:
+        TypeError: something is no dense tensor.
+    """
+    state = unwrapped(model).state_dict() if isinstance(model, nn.Module) else model
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"save_sparse takes a network or its state dict, got {type(state).__name__}"
+        )
+    parts: dict[str, Tensor] = {}
+    entries: dict[str, _Entry] = {}
+    first: dict[Any, str] = {}
+    for name, x in state.items():
+        _must_be_dense(name, x)
+        x = x.detach()
+        order, dtype = _order(x), str(x.dtype).removeprefix("torch.")
+        where = (x.data_ptr(), x.dtype, x.shape, x.stride()) if x.numel() else name
+        if first.setdefault((x.device, where), name) != name:
+            of = first[x.device, where]
+            entries[name] = _Entry("same", dtype, tuple(x.shape), order, of)
+            continue
+        form, found = encode(_words(x))
+        entries[name] = _Entry(form, dtype, tuple(x.shape), order)
+        if form == "dense":
+            found = {"": _dense(x)}
+        for part, key in entries[name].parts(name).items():
+            if key in parts:
+                raise ValueError(f"two tensors of the state dict would be {key!r} in the file")
+            parts[key] = found[part]
+    about = {"format": "pt", "fasterai_sparse": _FORMAT}
+    about["tensors"] = json.dumps({name: asdict(entry) for name, entry in entries.items()})
+    about["digest"] = _digest(parts, about)
+    _write(parts, about, file)
+
+
+def load_sparse(file: _Path, model: nn.Module | None = None) -> Any:
+    """Read what `save_sparse` wrote, bit by bit the same.
+
+    Nothing in a file can run code. Parameters and buffers of a model stay the same objects, on
+    their device. Without a model, dense tensors are mapped from the file, as safetensors does it.
+
+    Args:
+        file: the file.
+        model: a network with tensors of the same names, shapes and types.
+
+    Returns:
+        The model; or, without one, the state dict, on the CPU.
+
+    Raises:
+        SparseFileError: the file is damaged or foreign, or does not fit the model, which is as it
+            was.
+    """
+    try:
+        if model is None:
+            return _read(file)
+        _put(unwrapped(model), _read(file, mapped=False))
+    except _DAMAGE as error:
+        raise SparseFileError(f"{os.fspath(file)} was not loaded: {error}") from error
+    return model
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def _must_be_dense(name: Any, x: Any) -> None:
+    plain = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+    if not plain or x.is_quantized or is_traceable_wrapper_subclass(x):
+        kind = f"{x.layout} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"save_sparse takes dense tensors that hold numbers, {name!r} is {kind}")
+    if str(x.dtype).removeprefix("torch.") not in _DTYPES:
+        raise TypeError(f"save_sparse does not know the type of {name!r}, {x.dtype}")
+    if not isinstance(name, str) or name == "__metadata__":
+        raise TypeError(f"save_sparse takes tensors by name, got {name!r}")
+
+
+def _order(x: Tensor) -> tuple[int, ...]:
+    """The dimensions from the outermost in memory to the innermost, where they lie without gaps."""
+    order = sorted(range(x.ndim), key=lambda d: -x.stride(d))
+    if x.is_contiguous() or not x.permute(order).is_contiguous():
+        return tuple(range(x.ndim))
+    return tuple(order)
+
+
+def _words(x: Tensor) -> Tensor:
+    """The bits of a tensor, as integers (n,)."""
+    x = x.resolve_conj().resolve_neg().cpu().contiguous().view(-1)
+    if x.is_complex():
+        x = torch.view_as_real(x).view(-1)
+    return x.view(_WORDS[x.itemsize])
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A tensor as it is, in memory of its own; as integers, where not every reader knows it."""
+    if str(x.dtype).removeprefix("torch.") not in _PLAIN:
+        return _words(x).clone()
+    return torch.empty(x.shape, dtype=x.dtype).copy_(x)
+
+
+def _digest(parts: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """Tells damage: a hash of what is said, and of the sums of bytes in columns, 8 at a time.
+
+    A hash of all bytes would take longer than the rest of reading.
+    """
+    said = {k: v for k, v in about.items() if k != "digest"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in sorted(parts):
+        x = parts[name]
+        digest.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
+        flat = x.reshape(-1).as_strided((x.numel(),), (1,))  # a single element may have any stride
+        data = flat.view(torch.uint8).numpy()
+        whole = len(data) // (8 * _COLUMNS) * 8 * _COLUMNS
+        rows = data[:whole].view(np.uint64).reshape(-1, _COLUMNS)
+        digest.update(rows.sum(0, dtype=np.uint64).tobytes())
+        digest.update(data[whole:].tobytes())
+    return digest.hexdigest()
+
+
+def _write(parts: dict[str, Tensor], about: dict[str, str], file: _Path) -> None:
+    part = Path(f"{os.fspath(file)}.part")
+    try:
+        save_file(parts, part, about)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _read(file: _Path, *, mapped: bool = True) -> dict[str, Tensor]:
+    """The state dict in a file; what is dense there is mapped, or copied."""
+    with safe_open(os.fspath(file), "pt") as content:
+        about = content.metadata() or {}
+        if about.get("fasterai_sparse") != _FORMAT:
+            kind = "load_pruned reads it" if "fasterai" in about else "it is not from save_sparse"
+            raise ValueError(kind)
+        names = content.keys()
+        parts = {name: content.get_tensor(name) for name in names}
+    if _digest(parts, about) != about.get("digest"):
+        raise ValueError("it is damaged")
+    entries = {name: _entry(said) for name, said in json.loads(about["tensors"]).items()}
+    named = [key for name, entry in entries.items() for key in entry.parts(name).values()]
+    if sorted(named) != sorted(parts):
+        raise ValueError("it does not hold the tensors that it lists")
+    state: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        if entry.form == "same":
+            state[name] = _same(state[entry.of], entry)
+        else:
+            own = {part: parts[key] for part, key in entry.parts(name).items()}
+            x = _tensor(entry, own)
+            state[name] = x.clone() if entry.form == "dense" and not mapped else x
+    return state
+
+
+def _entry(said: Any) -> _Entry:
+    """What a file says of a tensor, if it makes sense."""
+    entry = _Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()})
+    shape, order = entry.shape, entry.order
+    if entry.form not in _PARTS or entry.dtype not in _DTYPES or not isinstance(entry.of, str):
+        raise ValueError("it uses a form or a type that this version does not know")
+    if not all(type(n) is int and n >= 0 for n in shape) or prod(shape) >= 1 << 60:
+        raise ValueError(f"{shape} is not the shape of a tensor")
+    if sorted(order) != list(range(len(shape))):
+        raise ValueError(f"{order} is not an order of {len(shape)} dimensions")
+    return entry
+
+
+def _same(x: Tensor, entry: _Entry) -> Tensor:
+    if (tuple(x.shape), x.dtype) != (entry.shape, _DTYPES[entry.dtype]):
+        raise ValueError(f"it holds {entry.of!r} with two shapes or types")
+    return x
+
+
+def _tensor(entry: _Entry, parts: Mapping[str, Tensor]) -> Tensor:
+    """The tensor of which these are the parts."""
+    dtype = _DTYPES[entry.dtype]
+    if entry.form == "dense" and entry.dtype in _PLAIN:
+        x = parts[""]
+        if (tuple(x.shape), x.dtype) != (entry.shape, dtype):
+            raise ValueError("it holds a tensor of another shape or type than it says")
+    else:
+        size = dtype.itemsize // (2 if dtype.is_complex else 1)
+        n = prod(entry.shape) * (dtype.itemsize // size)
+        x = parts[""] if entry.form == "dense" else decode(entry.form, parts, n)
+        if x.dtype != _WORDS[size] or tuple(x.shape) != (n,):
+            raise ValueError("it holds a tensor of another size than it says")
+        x = _numbers(x, dtype).view(entry.shape)
+    if dtype == torch.bool and x.numel() and int(x.view(torch.uint8).max()) > 1:
+        raise ValueError("it holds bools that are neither true nor false")
+    if entry.order != tuple(range(x.ndim)):
+        inner = x.permute(entry.order)
+        x = torch.empty(inner.shape, dtype=dtype).copy_(inner).permute(_inverse(entry.order))
+    return x
+
+
+def _numbers(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bits as numbers of this type."""
+    if dtype.is_complex:
+        return torch.view_as_complex(words.view(dtype.to_real()).view(-1, 2))
+    return words.view(dtype)
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+# --- into a model --------------------------------------------------------------------------------
+
+
+def _put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a model these tensors; it is as it was where they do not fit."""
+    targets = _targets(model, state)
+    new: dict[int, tuple[Tensor, Tensor]] = {}
+    for name, target in targets.items():
+        x = state[name]
+        known = new.get(id(target))
+        if known is None:
+            new[id(target)] = target, x
+        elif known[1] is not x and not torch.equal(_words(known[1]), _words(x)):
+            raise ValueError(f"{name!r} is tied in the model, and in the file it is not")
+    taken: set[int] = set()
+    placed = [(target, _placed(x, target, taken)) for target, x in new.values()]
+    undo: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for target, x in placed:
+                undo.append((target, target.detach()))
+                target.set_(x)
+    except BaseException:  # an interrupt, too, must not leave half of them
+        with torch.no_grad():
+            for target, before in undo:
+                target.set_(before)
+        raise
+
+
+def _targets(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters and buffers of a model that a state dict is for."""
+    targets = model.state_dict(keep_vars=True)
+    for only, where in ((state.keys() - targets, "model"), (targets.keys() - state, "file")):
+        if only:
+            raise ValueError(f"the {where} has no {', '.join(sorted(only)[:3])}")
+    for name, target in targets.items():
+        x = state[name]
+        if (x.shape, x.dtype) != (target.shape, target.dtype) or target.is_meta:
+            raise ValueError(
+                f"{name!r} is {tuple(target.shape)} {target.dtype} on {target.device} in the "
+                f"model, {tuple(x.shape)} {x.dtype} in the file"
+            )
+    return targets
+
+
+def _placed(x: Tensor, like: Tensor, taken: set[int]) -> Tensor:
+    """A tensor of a file where and as the model's lies, and in no other tensor's memory."""
+    own = id(x) not in taken
+    taken.add(id(x))
+    if own and x.device == like.device and x.stride() == like.stride():
+        return x
+    return torch.empty_like(like).copy_(x)
