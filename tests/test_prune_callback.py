@@ -27,7 +27,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from networks import Plain, Residual, conv, images, make
 from test_callback import Items, data, learner
-from test_company import OnCPU
+from test_company import COMPANY, OnCPU
 from torch import nn, optim
 
 from fasterai.core.criteria import grad_crit, movement, random_scores
@@ -412,6 +412,20 @@ def test_mixed_precision_with_a_scaler():
         fit(learn, 3, cb)
         assert any(scaled.steps) and not all(scaled.steps)
         assert cb.reached() == sparsity and learn.model.c1.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", COMPANY)
+def test_each_of_the_company_alone(tmp_path, name):
+    learn = learner(path=tmp_path)
+    learn.loss_func = CrossEntropyLossFlat()
+    learn.logger = list
+    cb = PruneCallback(0.5, schedule=lin.over(0.0, 0.4, n_steps=3))
+    fit(learn, 3, cb, COMPANY[name](tmp_path))
+    assert learn.model.c1.weight.shape[0] == 8 and cb.reached() == 0.5
+    names = list(learn.recorder.metric_names)
+    assert names[-4:-1] == ["sparsity", "parameters", "MACs"]
+    assert all(len(row) == len(names) - 2 for row in learn.recorder.values)
+    assert learn.recorder.values[-1][-2] == size(learn.model)
 
 
 # --- saving ---------------------------------------------------------------------------------------
