@@ -186,3 +186,5 @@ def renew(model: nn.Module) -> None:
     wrapper.reducer = wrapper.logger = None
     wrapper.__setstate__(state)
     wrapper._has_rebuilt_buckets = False
+    if wrapper.static_graph:  # its first backward pass averages at the end
+        wrapper._static_graph_delay_allreduce_enqueued = False
