@@ -706,8 +706,9 @@ BERT = (
     "transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, "
     "hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64))"
 )
-REAL = ["torchvision.models.mobilenet_v2()", VIT]
+REAL = ["torchvision.models.resnet18()", VIT]
 LARGE = [
+    "torchvision.models.mobilenet_v2()",
     "torchvision.models.resnet50()",
     "torchvision.models.densenet121()",
     "torchvision.models.vit_b_16(image_size=32)",
