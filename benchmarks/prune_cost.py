@@ -1,6 +1,6 @@
 """What it costs to find the channel groups of a network and to cut half of them, beside
-torch-pruning's dependency graph and groups (which are not cut); how it grows with depth; and a
-transformer of a billion parameters that exists as shapes only.
+torch-pruning's graph and groups alone and its pruner, which also cuts half of them; how it grows
+with depth; and a transformer of a billion parameters that exists as shapes only.
 
     python benchmarks/prune_cost.py [--networks resnet50 ...] [--depths 20 56 110 ...] [--billion]
 """
@@ -24,9 +24,9 @@ NETWORKS = ["resnet50", "resnet152", "densenet201", "vit_b_16", "swin_t"]
 DEPTHS = [20, 56, 110, 302, 602, 1202]
 
 
-def seconds(work):
+def seconds(work, *args):
     begin = time.perf_counter()
-    work()
+    work(*args)
     return time.perf_counter() - begin
 
 
@@ -43,20 +43,34 @@ def fresh(name):
 
 
 def peer(name, results):
-    """Torch-pruning's graph and all its groups."""
+    """Torch-pruning's graph and all its groups; and its pruner, told the output layer and heads."""
     import torch_pruning as tp
 
-    def work(model, x):
+    def groups(model, x):
         graph = tp.DependencyGraph().build_dependency(model, example_inputs=x)
         for _ in graph.get_all_groups():
             pass
 
-    work(*fresh("resnet18"))  # warm, as ours
-    model, x = fresh(name)
-    try:
-        results.put(f"{seconds(lambda: work(model, x)):.2f} s")
-    except Exception as error:
-        results.put(type(error).__name__)
+    def whole(model, x):
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+        tp.pruner.BasePruner(
+            model,
+            x,
+            importance=tp.importance.MagnitudeImportance(p=1),
+            pruning_ratio=0.5,
+            ignored_layers=layers[-1:],
+            num_heads={m: m.num_heads for m in attention},
+        ).step()
+
+    found = []
+    for work in (groups, whole):
+        try:
+            work(*fresh("resnet18"))  # warm, as ours
+            found.append(f"{seconds(work, *fresh(name)):.2f} s")
+        except Exception as error:
+            found.append(type(error).__name__)
+    results.put(" | ".join(found))
 
 
 def limited(work, limit, *args):
@@ -68,7 +82,7 @@ def limited(work, limit, *args):
     try:
         return results.get(timeout=limit)
     except queue.Empty:
-        return f"> {limit} s"
+        return f"> {limit:.0f} s | "
     finally:
         process.kill()
 
@@ -118,11 +132,14 @@ def main():
     args = parser.parse_args()
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {threads} threads, one image of 224 x 224")
-    print("| network | cut, wiring proved | cut, numbers too | torch-pruning, graph and groups |")
-    print("| --- | --- | --- | --- |")
+    print(
+        "| network | cut, wiring proved | cut, numbers too "
+        "| torch-pruning, graph and groups | torch-pruning, cut |"
+    )
+    print("| --- | --- | --- | --- | --- |")
     ours(*fresh("resnet18"), verify=True)  # the first run loads and compiles
     for name in args.networks:
-        theirs = "" if args.no_peer else limited(peer, args.limit, name)
+        theirs = " | " if args.no_peer else limited(peer, args.limit, name)
         wired, proved = ours(*fresh(name), verify=False), ours(*fresh(name), verify=True)
         print(f"| {name} | {wired:.2f} s | {proved:.2f} s | {theirs} |", flush=True)
     took = {}

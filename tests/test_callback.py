@@ -178,6 +178,15 @@ def test_a_second_fit_goes_on_where_the_first_stopped():
     assert watch.seen[-1] == 8
 
 
+def test_a_model_may_use_the_same_names():
+    model = make(Residual)
+    model.history, model.criteria, model.schedule, model._done = [], 1, 2, 3
+    learn = learner(model)
+    cb = SparsifyCallback(0.5)
+    learn.fit(1, cbs=cb)
+    assert cb.history and not model.history and learn.schedule == 2
+
+
 def test_initial_sparsity_and_sparsity_by_layer():
     learn = learner()
     watch = Watch()

@@ -230,8 +230,9 @@ def test_a_network_that_only_evaluates_or_only_then_has_a_part():
             x = self.a(x)
             return (self.b(x), self.aux(x)) if self.training else self.b(x)
 
-    axis = axis_of(coupled(Auxiliary()), "a")
-    assert "aux.weight" in {s.parameter for s in axis.having("consume")}
+    network = coupled(Auxiliary())
+    assert network.analysis.trains
+    assert "aux.weight" in {s.parameter for s in axis_of(network, "a").having("consume")}
 
     class EvalOnly(Plain):
         def forward(self, x):
@@ -239,7 +240,13 @@ def test_a_network_that_only_evaluates_or_only_then_has_a_part():
                 raise RuntimeError("eval only")
             return super().forward(x)
 
-    assert not any(axis_of(coupled(EvalOnly()), "a").pins)
+    network = coupled(EvalOnly())
+    assert not network.analysis.trains and not any(axis_of(network, "a").pins)
+
+
+def test_dropping_out_and_batch_statistics_make_training_no_other_network():
+    layers = [conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3), conv(8, 4)]
+    assert not coupled(nn.Sequential(*layers)).analysis.trains
 
 
 def test_inputs_of_all_forms():

@@ -523,6 +523,17 @@ def test_a_fit_that_never_steps_says_that_the_target_was_not_reached():
     assert cb._sparsifier.reached() == 0
 
 
+@pytest.mark.parametrize("criteria", [grad_crit, C.updating_movmag], ids=lambda c: c.name)
+def test_a_pattern_that_is_full_waits_for_nothing(criteria):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    cb = SparsifyCallback(0.5, "2:4", criteria=criteria)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner(model).fit(1, cbs=cb)
+    kept = (model[0].weight != 0).sum(1)  # 3 inputs are a run of 4 with a zero
+    assert (kept == 2).all() and cb.report()["limit"].iloc[0] == "pattern"
+
+
 def test_an_initial_sparsity_waits_for_the_first_step():
     learn = learner()
     cb = SparsifyCallback((0.25, 0.5), criteria=movement, schedule=lin.over(0.0, 1.0))

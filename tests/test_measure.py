@@ -32,6 +32,25 @@ def test_a_transformer_layer_is_counted():
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # torch's default is back
 
 
+def test_recurrent_layers_are_counted():
+    steps, i, h = 5, 8, 16
+    lstm = nn.LSTM(i, h, batch_first=True).eval()
+    assert macs(lstm, torch.randn(2, steps, i))[""] == steps * 4 * h * (i + h)
+
+
+def test_what_looks_at_its_numbers_is_counted():
+    class Busy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.fc(x)
+            return self.fc(y) if y.abs().sum().item() > 0 else y
+
+    assert macs(Busy().eval(), torch.randn(2, 4))[""] == 2 * 4 * 4
+
+
 def test_profile_counts():
     model = make(Plain)
     with torch.no_grad():

@@ -27,7 +27,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from networks import Plain, Residual, conv, images, make
 from test_callback import Items, data, learner
-from test_company import OnCPU
+from test_company import COMPANY, OnCPU
 from torch import nn, optim
 
 from fasterai.core.criteria import grad_crit, movement, random_scores
@@ -158,6 +158,34 @@ def test_a_second_fit_goes_on_to_the_same_target_and_a_new_callback_starts_anew(
     assert learn.model.c1.weight.shape[0] == 8 and cb.report()["out_before"].max() == 16
     fit(learn, 1, PruneCallback(0.5, schedule=QUICK))
     assert learn.model.c1.weight.shape[0] == 4
+
+
+@pytest.mark.parametrize("context", ["local", "global"])
+def test_a_fit_that_was_stopped_goes_on_in_another_process(tmp_path, context):
+    whole, seen = learner(path=tmp_path), Widths()
+    schedule = lin.over(0.0, 1.0, n_steps=8)
+    fit(whole, 4, PruneCallback(0.5, context, schedule=schedule), seen)
+    first, begun = learner(path=tmp_path), Widths()
+    stop = Raise(KeyboardInterrupt(), "after_epoch", 2)
+    cb = PruneCallback(0.5, context, schedule=schedule)
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, 4, cb, begun, stop)
+    first.save("stopped")
+    text = cb.plan.to_json()
+    second, went_on = learner(path=tmp_path), Widths()
+    plan = Plan.from_json(text)
+    plan.apply(second.model)
+    second.load("stopped")
+    cb = PruneCallback(0.5, context, schedule=schedule, after=plan)
+    fit(second, 4, cb, went_on, start_epoch=2)
+    assert len(begun.seen) == len(went_on.seen) == 16
+    if context == "local":
+        assert begun.seen + went_on.seen == seen.seen
+    assert cb.reached() == 0.5 and cb.plan.removed == 12
+    copied = make(Residual)
+    cb.plan.apply(copied).load_state_dict(second.model.state_dict())
+    with pytest.raises(ValueError, match="since the model was dense"):
+        fit(learner(), 1, PruneCallback(0.5, after=plan))
 
 
 def test_a_callback_of_the_learner_takes_part_in_every_fit():
@@ -386,6 +414,20 @@ def test_mixed_precision_with_a_scaler():
         assert cb.reached() == sparsity and learn.model.c1.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", COMPANY)
+def test_each_of_the_company_alone(tmp_path, name):
+    learn = learner(path=tmp_path)
+    learn.loss_func = CrossEntropyLossFlat()
+    learn.logger = list
+    cb = PruneCallback(0.5, schedule=lin.over(0.0, 0.4, n_steps=3))
+    fit(learn, 3, cb, COMPANY[name](tmp_path))
+    assert learn.model.c1.weight.shape[0] == 8 and cb.reached() == 0.5
+    names = list(learn.recorder.metric_names)
+    assert names[-4:-1] == ["sparsity", "parameters", "MACs"]
+    assert all(len(row) == len(names) - 2 for row in learn.recorder.values)
+    assert learn.recorder.values[-1][-2] == size(learn.model)
+
+
 # --- saving ---------------------------------------------------------------------------------------
 
 
@@ -440,7 +482,7 @@ class Raise(Callback):
         setattr(self, event, self.fail)
 
     def fail(self):
-        if self.training:
+        if self.training or self.event == "after_epoch":
             self.count += 1
             if self.count == self.at:
                 raise self.error
@@ -487,8 +529,10 @@ def sane(learn):
     assert not any("step" in vars(o) or "after_epoch" in vars(o) for o in (learn.opt, *learn.cbs))
 
 
-@pytest.mark.parametrize("where", ["surgery.smaller", "replay.run_labels", "remaining.run_labels"])
-def test_an_interrupt_inside_a_cut(monkeypatch, where):
+@pytest.mark.parametrize(
+    "where, at", [("surgery.smaller", 9), ("replay.run_labels", 2), ("remaining.run_labels", 2)]
+)
+def test_an_interrupt_inside_a_cut(monkeypatch, where, at):
     learn = learner()
     cb = PruneCallback(0.5, schedule=QUICK)
     module, name = where.split(".")
@@ -497,23 +541,19 @@ def test_an_interrupt_inside_a_cut(monkeypatch, where):
 
     def interrupted(*args, **kwargs):
         count.append(1)
-        if len(count) == 9:
+        if len(count) == at:
             raise KeyboardInterrupt
         return works(*args, **kwargs)
 
     monkeypatch.setattr(source, name, interrupted)
     if module == "surgery":
         monkeypatch.setattr("fasterai.prune.optimizer.smaller", interrupted)
-    raised = False
-    for _ in range(4):
-        try:
-            fit(learn, 1, cb)
-        except KeyboardInterrupt:
-            raised = True
-        sane(learn)
-    if module != "remaining":
-        assert raised
+    with pytest.raises(KeyboardInterrupt):
+        fit(learn, 2, cb)
+    sane(learn)
     learn.fit(1)
+    fit(learn, 2, cb)
+    sane(learn)
     assert learn.model.c1.weight.shape[0] == 8 and cb.reached() == 0.5
 
 

@@ -376,3 +376,57 @@ def test_channels_last_and_half():
         sparsifier.sparsify_model(0.5)
         assert int((model.c1.weight == 0).sum()) == 8 * 16 * 9 // 2
         assert model.c1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "kernel", "weight", "filter"])
+@pytest.mark.parametrize("criteria", [large_final, small_final, random_scores])
+def test_a_layer_that_goes_as_a_whole_stays_at_zero_and_is_counted(granularity, criteria):
+    model = make(Plain)
+    layers = [model.a.weight, model.b.weight]
+    sparsifier = Sparsifier(
+        model,
+        granularity,
+        "global",
+        criteria,
+        layers=nn.Conv2d,
+        min_keep=0,
+        example_inputs=images(),
+    )
+    gone = [False, False]
+    for sparsity in (0.5, 0.9, 1.0):
+        sparsifier.sparsify_model(sparsity)
+        now = [dead(w) for w in layers]
+        assert all(a <= b for a, b in zip(gone, now, strict=True))
+        gone = now
+        total = sparsifier.report().set_index("layer").loc["total"]
+        assert total["zeros"] == total["n"]
+    assert all(gone)
+
+
+class Words(nn.Module):
+    """A language model: the decoder has the weight of the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.inner = nn.Embedding(20, 8), nn.Linear(8, 8)
+        self.again, self.decoder = nn.Linear(8, 8), nn.Linear(8, 20)
+        self.again.weight, self.decoder.weight = self.inner.weight, self.words.weight
+
+    def forward(self, tokens):
+        return self.decoder(F.relu(self.again(F.relu(self.inner(self.words(tokens))))))
+
+
+@pytest.mark.parametrize("granularity", ["weight", "row", "2:4", "filter"])
+def test_tied_weights(granularity):
+    model, tokens = Words(), torch.arange(6).view(2, 3)
+    sparsifier = Sparsifier(model, granularity, example_inputs=tokens)
+    sparsifier.sparsify_model(0.5)
+    table = sparsifier.report().set_index("layer")
+    assert table.loc["again", "limit"] == "its weight is that of 'inner'"
+    if granularity == "filter":
+        assert table.loc["decoder", "limit"] == "its weight is that of 'words'"
+    else:
+        assert table.loc["decoder", "limit"] == "network output" and model.decoder.weight.all()
+        assert int((model.inner.weight == 0).sum()) == 32
+        with pytest.raises(ValueError, match="its weight is that of 'inner'"):
+            sparsifier.sparsify_model({"again": 0.5})

@@ -96,20 +96,24 @@ class ScoreRanking(Ranking):
 class ElementRanking(Ranking):
     """The single elements of a weight, their scores computed again whenever they are needed.
 
-    Elements that are zero are held, except in a layer of zeros only: that is fresh, not pruned.
+    Elements that are zero are held, except in a layer of zeros only: that is fresh, not pruned,
+    unless it was emptied.
     They all score the same, since the criterion looks at one element at a time.
 
     Args:
         weight: of any shape and memory format.
         criterion: an elementwise one.
         name: the weight's, for errors.
+        emptied: whether it was made all zero on purpose.
     """
 
-    def __init__(self, weight: Tensor, criterion: Criterion, name: str = "weight") -> None:
+    def __init__(
+        self, weight: Tensor, criterion: Criterion, name: str = "weight", *, emptied: bool = False
+    ) -> None:
         self._weight, self._criterion, self._name = weight.detach(), criterion, name
         self.size = weight.numel()
         alive = sum(p.bool().count_nonzero() for p in pieces(self._weight))
-        self.held = (self.size - int(alive)) if int(alive) else 0
+        self.held = (self.size - int(alive)) if emptied or int(alive) else 0
         self._sound = False  # whether all of the scores were seen to be numbers
 
     def prepare(self) -> None:

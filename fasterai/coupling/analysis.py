@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,7 +41,8 @@ class Analysis:
         roles: what each dimension of a parameter does.
         order: parameters in the order in which they made channels.
         outputs: for each output of the network, the last layer that made its channels.
-        trains: whether the network also ran in train mode.
+        trains: whether the network also ran in train mode, and carried out other operations there
+            than in eval mode, dropout aside.
         shapes: whether it ran on shapes alone.
     """
 
@@ -130,7 +132,7 @@ def analyse(
         _roles(runs),
         order,
         _outputs(begin, first, order),
-        bool(trained),
+        any(_way(run) != _way(evaluated[-1]) or not run.trail for run in trained),
         shapes,
     )
 
@@ -161,6 +163,12 @@ def _train(
         except Exception:  # a network that only evaluates; what it does in training does not count
             continue
     return []
+
+
+def _way(run: Run) -> str:
+    """What a run did on shapes; that something drops out, by a random mask, does not count."""
+    names = " ".join(func._schema.name.removeprefix("aten::") for func in run.trail)
+    return re.sub("empty_like bernoulli_ div_ mul ?", "", names)
 
 
 def _number(model: nn.Module) -> tuple[dict[Dim, int], int]:

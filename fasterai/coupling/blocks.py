@@ -81,12 +81,12 @@ def _lines(grid: np.ndarray) -> np.ndarray | None:
         if grid.shape[d] < 2:
             continue
         lines = np.moveaxis(grid, d, -1).reshape(-1, grid.shape[d])
-        lines = np.unique(lines, axis=0)
-        line = np.sort(lines, axis=1)
-        if (line[:, 1:] == line[:, :-1]).any() or (lines < 0).any():
+        _, first, which = np.unique(lines[:, 0], return_index=True, return_inverse=True)
+        distinct = lines[first]
+        if (lines != distinct[which]).any() or (distinct < 0).any():
             continue
-        if len(np.unique(lines)) == lines.size:  # no class in two different lines
-            return lines
+        if len(np.unique(distinct)) == distinct.size:  # no class twice
+            return distinct
     return None
 
 

@@ -44,6 +44,7 @@ class Shapes:
             if kwargs.get("device") == _META:
                 kwargs = {**kwargs, "device": self.device}
             return func(*args, **kwargs)
+        t.said.trail.append(func)
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": _META}
         outline = _OUTLINES.get(func)
@@ -94,7 +95,7 @@ class Literals(TorchFunctionMode):
 
 
 def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
-    return x.new_empty(shape, device=_META)
+    return torch.empty(shape, dtype=x.dtype, device=_META)  # new_empty asks Python
 
 
 def _same(x: Tensor, *_: Any) -> Tensor:
@@ -124,6 +125,19 @@ def _added_and_multiplied(_: Tensor, a: Tensor, b: Tensor, *__: Any) -> Tensor:
     return _multiplied(a, b)
 
 
+def _convolved(x: Tensor, weight: Tensor, _: Any, *how: Any) -> Tensor | None:
+    """None where it is transposed or does not fit, which PyTorch has to tell."""
+    stride, padding, dilation, transposed, _, groups = how
+    if transposed or x.ndim != weight.ndim or x.shape[1] != weight.shape[1] * groups:
+        return None
+    if weight.shape[0] % groups or not x.is_contiguous():
+        return None
+    shape = [x.shape[0], weight.shape[0]]
+    window = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    shape += [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in window]
+    return _empty(x, shape) if min(shape) > 0 else None
+
+
 def _batch_normalised(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _same(x), _empty(x, (0,)), _empty(x, (0,))
 
@@ -134,8 +148,10 @@ def _layer_normalised(x: Tensor, over: Sequence[int], *_: Any) -> tuple[Tensor, 
 
 
 _OUTLINES: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.convolution.default: _convolved,
     torch.ops.aten.native_layer_norm.default: _layer_normalised,
     torch.ops.aten.native_batch_norm.default: _batch_normalised,
+    torch.ops.aten._native_batch_norm_legit_no_training.default: _batch_normalised,
     torch.ops.aten.native_dropout.default: _dropped,
     torch.ops.aten.mm.default: _multiplied,
     torch.ops.aten.bmm.default: _multiplied,

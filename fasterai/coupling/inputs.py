@@ -231,10 +231,11 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
     No gradients, no autocast; training flags, buffers, attributes and the random state are put
     back.
     """
-    attributes = [(m, dict(m.__dict__)) for m in model.modules()]
-    modes = [(m, m.training) for m in model.modules()]
-    buffers = [(m, dict(m._buffers)) for m in model.modules()]
-    copies = {id(b): b.clone() for b in model.buffers()}
+    modules = list(model.modules())
+    attributes = [(m, dict(m.__dict__)) for m in modules]
+    modes = [(m, m.training) for m in modules]
+    buffers = [(m, dict(m._buffers)) for m in modules]
+    copies = {id(b): b.clone() for _, own in buffers for b in own.values() if b is not None}
     gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
     numbers = random.getstate(), np.random.get_state()
     try:

@@ -9,6 +9,8 @@ meets something of fixed size it is pinned. Which operation does what is told in
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,7 +57,7 @@ class Field:
     labels: Tensor
     source: Dim | None = None
 
-    @property
+    @cached_property
     def dims(self) -> tuple[int, ...]:
         """The dimensions along which the labels vary."""
         return tuple(d for d, n in enumerate(self.labels.shape) if n > 1)
@@ -119,6 +121,7 @@ class Run:
         used: how many operations use the output of a weight.
         order: parameters in the order in which they made channels.
         outputs: labels of the network's outputs.
+        trail: the operations that were carried out on shapes, one after the other.
     """
 
     meetings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -134,6 +137,7 @@ class Run:
     used: dict[str, int] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    trail: list[Any] = field(default_factory=list)
 
 
 def dims_of(model: nn.Module) -> dict[Dim, Tensor]:

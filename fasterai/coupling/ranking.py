@@ -87,12 +87,16 @@ def ranked_bundles(
 
 
 def zeroed_units(
-    tensors: Mapping[str, Tensor], axis: Axis, roles: tuple[str, ...] = (PRODUCE,)
+    tensors: Mapping[str, Tensor],
+    axis: Axis,
+    roles: tuple[str, ...] = (PRODUCE,),
+    *,
+    emptied: bool = False,
 ) -> Tensor:
     """(size,) bool: the units that are zero in all their slots of these roles.
 
     Whole layers are sometimes initialised with zeros: an axis without a single weight that is not
-    zero counts as fresh, not as zeroed.
+    zero counts as fresh, not as zeroed, unless it is known to have been `emptied`.
     """
     zero = None
     for slot in axis.having(*roles):
@@ -104,4 +108,4 @@ def zeroed_units(
         if zero is None:
             zero = torch.ones(axis.size, dtype=torch.bool, device=weight.device)
         zero[unit[alive[index]].to(zero.device)] = False
-    return zero & ~zero.all()
+    return zero if emptied else zero & ~zero.all()

@@ -43,7 +43,7 @@ def follow(
     read = operands_in((*args, *kwargs.values()))
     operands = [x for x in read if t.of(x)]
     if not operands:
-        if t.watch:
+        if t.origins:
             t.watch_moving(read, operands_in((out,)))
         return _unlabelled(t, name, func, args, out)
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
@@ -56,7 +56,7 @@ def follow(
         rule(t, func, args, kwargs, out)
     except Exception:  # arguments that the rule did not expect; the network itself ran well
         unknown(t, func, args, kwargs, out)
-    if t.watch:
+    if t.origins:
         meet = _MEETS.get(name.removesuffix("_"), "added") if rule is pointwise else ""
         t.watch_moving(read, operands_in((out,)), meet=meet)
     return _note_uniform(t, name, args, out)

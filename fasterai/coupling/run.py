@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .engines import Literals, Muted, Shapes, numbers
 from .inputs import Inputs, plainly, run_quietly, tensors_in
-from .labels import Dim, Run
+from .labels import Dim, Run, dims_of
 from .rules import follow
 from .tracer import Beside, Engine, Tracer
 
-__all__ = ["run_labels", "run_numbers"]
+__all__ = ["run_labels", "run_numbers", "run_shapes"]
 
 
 def run_labels(
@@ -37,15 +38,29 @@ def run_labels(
         shapes: run on shapes alone, which is enough unless a network looks at its own numbers
             (to count boxes, say).
     """
-    if not shapes:
-        return _run(model, inputs, labels, numbers, training, watch=False)[0]
-    device = inputs.tensors[0].device
-    with Literals(device):
-        return _run(model, inputs, labels, Shapes(device), training, watch=False)[0]
+    engine = Shapes(inputs.tensors[0].device) if shapes else numbers
+    return _run(model, inputs, labels, engine, training)[0]
+
+
+def run_shapes(model: nn.Module, inputs: Inputs, within: AbstractContextManager[Any]) -> None:
+    """Run `model` in eval mode on shapes alone, inside another mode that looks on.
+
+    Args:
+        model: any network that does not look at its own numbers; it is left as it was.
+        inputs: what it runs on.
+        within: a dispatch mode; the operations that it calls are carried out on shapes.
+    """
+    known = {dim: torch.zeros(x.shape[dim.dim], dtype=int) for dim, x in dims_of(model).items()}
+    _run(model, inputs, known, Shapes(inputs.tensors[0].device), False, within=within, rule=_pass)
 
 
 def run_numbers(
-    model: nn.Module, inputs: Inputs, labels: Mapping[Dim, Tensor], alive: Tensor | None = None
+    model: nn.Module,
+    inputs: Inputs,
+    labels: Mapping[Dim, Tensor],
+    alive: Tensor | None = None,
+    *,
+    origins: bool = False,
 ) -> tuple[Run, Any]:
     """Run `model` in eval mode and watch what arrives at its layers; the output comes, too.
 
@@ -54,9 +69,10 @@ def run_numbers(
         inputs: what it runs on.
         labels: for each dimension of its parameters, the labels of the positions.
         alive: bool, one for each label and one for FIXED; the others are muted.
+        origins: also note which channels zero weights alone have made.
     """
     engine = numbers if alive is None else Muted(alive)
-    return _run(model, inputs, labels, engine, training=False, watch=True)
+    return _run(model, inputs, labels, engine, training=False, watch=True, origins=origins)
 
 
 def _run(
@@ -66,17 +82,38 @@ def _run(
     engine: Engine,
     training: bool,
     *,
-    watch: bool,
+    rule: Callable[..., None] = follow,
+    watch: bool = False,
+    origins: bool = False,
+    within: AbstractContextManager[Any] | None = None,
 ) -> tuple[Run, Any]:
-    with run_quietly(model, training), plainly(), _recurrence_shown(model):
-        beside = Beside if isinstance(engine, Shapes) else WeakTensorKeyDictionary
-        tracer = Tracer(model, labels, follow, engine, watch=watch, beside=beside)
-        with tracer:
+    with run_quietly(model, training), plainly(), _recurrence_shown(model), _uncollected():
+        shapes = isinstance(engine, Shapes)
+        beside = Beside if shapes else WeakTensorKeyDictionary
+        noted = {"watch": watch, "origins": origins, "beside": beside}
+        tracer = Tracer(model, labels, rule, engine, **noted)
+        with tracer, Literals(engine.device) if shapes else nullcontext(), within or nullcontext():
             out = inputs(model)
     for x in tensors_in(out):
         tracer.pin(tracer.of(x), "network output")
         tracer.said.outputs.extend(f.labels.reshape(-1) for f in tracer.of(x))
     return tracer.said, out
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the cyclic collector, which would go through all of the many objects that stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _pass(*_: Any) -> None:
+    """No labels are followed."""
 
 
 def _recurrence_shown(model: nn.Module) -> AbstractContextManager[Any]:

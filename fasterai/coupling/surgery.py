@@ -68,11 +68,12 @@ def cut(
             model is as it was.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    kept = positions_by_name(plan.kept)
+    kept, scratch = positions_by_name(plan.kept), {}
     left = dict(data)
     for name in dict.fromkeys((*kept, *plan.steps)):
         if name not in data:
-            left[name] = smaller(tensors[name], kept.get(name, {}), plan.steps.get(name, ()))
+            how = kept.get(name, {}), plan.steps.get(name, ())
+            left[name] = smaller(tensors[name], *how, scratch)
     changed = {id(tensors[n]) for n, x in left.items() if x.shape != tensors[n].shape}
     concerned = dict.fromkeys((*_owners(model, changed), *plan.attributes))
     whole = [m for m in concerned if agrees(m)]
@@ -104,13 +105,13 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     shadows: dict[int, Tensor] = {}
-    kept = positions_by_name(plan.kept)
+    kept, scratch = positions_by_name(plan.kept), {}
     for name in dict.fromkeys((*kept, *plan.steps)):
         cuts = kept.get(name, {})
         if shapes:
             data = _outline(tensors[name], cuts)
         else:
-            data = smaller(tensors[name], cuts, plan.steps.get(name, ()))
+            data = smaller(tensors[name], cuts, plan.steps.get(name, ()), scratch)
         is_parameter = isinstance(tensors[name], nn.Parameter)
         shadows[id(tensors[name])] = nn.Parameter(data, False) if is_parameter else data
     undo: list[Callable[[], None]] = []
@@ -144,21 +145,34 @@ def _outline(tensor: Tensor, cuts: _ByDim) -> Tensor:
     return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
-def selected(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
-    """What is left of a tensor where these positions of its dimensions stay."""
-    if not cuts:
-        return tensor
-    first, last = min(cuts), max(cuts)
-    whole = [torch.arange(n) for n in tensor.shape]
-    index = torch.meshgrid(  # all dimensions at once: a tensor in between would cost as much again
-        *(cuts.get(d, whole[d]).to(tensor.device) for d in range(first, last + 1)), indexing="ij"
-    )
-    return tensor[(slice(None),) * first + index]
+_Scratch = dict[tuple[torch.dtype, torch.device], Tensor]
 
 
-def smaller(tensor: Tensor, cuts: Mapping[int, Tensor], steps: Sequence[Step]) -> Tensor:
+def selected(tensor: Tensor, cuts: Mapping[int, Tensor], scratch: _Scratch | None = None) -> Tensor:
+    """What is left of a tensor where these positions of its dimensions stay.
+
+    Args:
+        tensor: without a gradient.
+        cuts: the positions, by dimension.
+        scratch: memory to use again for what is only picked from again.
+    """
+    data = tensor
+    for dim, index in cuts.items():
+        room = None
+        if scratch is not None and data is tensor and len(cuts) > 1:
+            room = scratch.setdefault((data.dtype, data.device), data.new_empty(0)).resize_(0)
+        data = torch.index_select(data, dim, index.to(data.device), out=room)
+    return data
+
+
+def smaller(
+    tensor: Tensor,
+    cuts: Mapping[int, Tensor],
+    steps: Sequence[Step],
+    scratch: _Scratch | None = None,
+) -> Tensor:
     """What is left of a tensor once it is cut: a new one, in the same memory format."""
-    data = selected(tensor.detach(), cuts)
+    data = selected(tensor.detach(), cuts, scratch)
     for step in steps:
         value = step.value.to(data.device)
         data = (data * value if step.factor else data + value).to(data.dtype)

@@ -59,6 +59,7 @@ class Tracer(TorchDispatchMode):
         follow: passes labels through an operation: (tracer, operation, args, kwargs, result).
         engine: executes the operations; see `engines`.
         watch: note with what values each channel arrives at its consumers.
+        origins: note which channels anything but zero weights has made; needs numbers, as well.
         beside: what holds values beside tensors.
     """
 
@@ -70,23 +71,26 @@ class Tracer(TorchDispatchMode):
         engine: Engine,
         *,
         watch: bool = False,
+        origins: bool = False,
         beside: type = WeakTensorKeyDictionary,
     ) -> None:
         super().__init__()
         self.follow, self.engine = follow, engine
         self.said = Run()
-        self.watch = watch
+        self.watch, self.origins = watch, origins
         self.count = 0
-        self.parameters = {name for name, _ in model.named_parameters()}
+        tensors = dict(model.named_parameters())
+        self.parameters = set(tensors)
+        tensors.update(model.named_buffers())
         self.fields = beside()
-        largest = max((int(k.max()) for k in labels.values() if len(k)), default=0)
+        known = [k for k in labels.values() if len(k)]
+        largest = int(torch.cat(known).max()) if known else 0
         self.total = largest + 2  # FIXED, -1, has a place of its own
         self.moving = beside()  # (labels,) bool: channels that zeros did not make
         self.made = beside()  # by a layer: the name of its weight
         self.products = beside()  # of two activations: the labels they were over
         self.uniform = beside()  # constants made in the run, of one value
         self.fixed = beside()  # parameters, buffers and what is made of them alone
-        tensors = dict([*model.named_parameters(), *model.named_buffers()])
         for tensor in tensors.values():
             self.fixed[tensor] = True
         for dim, known in labels.items():
@@ -100,8 +104,9 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = self.engine(self, func, args, kwargs or {})
-        self.follow(self, func, args, kwargs or {}, out)
+        with torch._C.DisableTorchFunction():  # what is asked here is none of the network's code
+            out = self.engine(self, func, args, kwargs or {})
+            self.follow(self, func, args, kwargs or {}, out)
         return out
 
     def of(self, x: Any) -> tuple[Field, ...]:
@@ -200,7 +205,7 @@ class Tracer(TorchDispatchMode):
     def produce(self, out: Tensor, weight: Tensor, rows: Field | None) -> None:
         """A layer made `out` with `weight`, whose rows are its channels."""
         self.mark(rows, PRODUCE)
-        if self.watch and rows is not None and rows.source is not None:
+        if self.origins and rows is not None and rows.source is not None:
             others = [d for d in range(weight.ndim) if d not in rows.dims]
             alive = weight.any(others) if others else weight != 0
             moving = self.moving.get(out)

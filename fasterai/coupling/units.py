@@ -113,8 +113,11 @@ class Axis:
         """
         if self.blocks == 1:
             return order[:, None]
-        columns = [order[self.block[order] == b][: self.bundles] for b in range(self.blocks)]
-        return torch.stack(columns, 1)
+        own = self.block[order]
+        lengths = own.bincount(minlength=self.blocks)
+        starts = lengths.cumsum(0) - lengths
+        places = starts + torch.arange(self.bundles)[:, None]
+        return order[own.argsort(stable=True)][places]
 
     def pinned(self, reason: str, units: Sequence[int] | None = None) -> Axis:
         """The same axis with all (or these) units pinned; earlier reasons stay."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.criteria import Criterion, NothingToCompare, as_criterion
 from ..core.processes import Processes, is_first
-from ..core.schedule import Chain, Schedule, as_schedule
+from ..core.schedule import Chain, Schedule, as_schedule, falls
 from ..measure.pictures import plot_steps
 from .saved import unlike_tensors
 from .stand_in import StandIn
@@ -69,6 +69,10 @@ class FitCallback(Callback):
         vars(self)["_learn"] = learn
         if learn is None:
             self._step_aside()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set it without fastai's warning that a layer of the model may have the same name."""
+        object.__setattr__(self, name, value)
 
     def before_fit(self) -> None:
         """Wait for the first batch."""
@@ -138,13 +142,22 @@ def _file_of(saver: SaveModelCallback) -> Any:
     return join_path_file(saver.fname, folder, ext=".pth")
 
 
+def _due_before(updates: list[tuple[int, float]], begun: int) -> list[float]:
+    """The shares of the updates that show in a model saved after this many steps."""
+    due = [(t, share) for t, share in updates if t <= begun and begun]
+    if len(due) > 1 and due[-1][0] == begun and falls(due[-2][1], due[-1][1]):
+        due.pop()  # what came back had no step yet to become other than zero
+    return [share for _, share in due]
+
+
 class ScheduledCallback(FitCallback):
     """Take a network towards a target during `fit`, a share of the way at each update.
 
     A subclass says in `columns` what it adds to the training table and fills in `go`, `reached`
     and `values` beside what a `FitCallback` fills in. Its `begin` returns whether anything is
-    asked; `_updates` and `_total` are there. Steps are the training batches of this fit that are
-    finished, `epoch * n_iter + iter`.
+    asked; `_updates` and `_total` are there, and `_begun`, the shares of the updates that lie
+    behind where a fit resumes at a later epoch, the last of which comes again. Steps are the
+    training batches of this fit that are finished, `epoch * n_iter + iter`.
 
     Args:
         criteria: scores of weights. Where it reads gradients, updates come in `before_step`, when
@@ -265,7 +278,9 @@ class ScheduledCallback(FitCallback):
         self._total = self.n_epoch * self.n_iter
         self._updates = self.schedule.updates(self._total, self.n_iter)
         self._warn_of_span()
-        self.history, self._done, self._share, self._waiting = [], 0, 0.0, ""
+        self.history, self._waiting = [], ""
+        self._begun = due = _due_before(self._updates, self.finished)
+        self._done, self._share = max(0, len(due) - 1), due[-1] if due else 0.0
         super()._start()
         self._holds_trackers = self.hold_trackers and self._moves and not self.arrived()
         for tracker in self._trackers() if self._holds_trackers else ():

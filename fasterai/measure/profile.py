@@ -13,6 +13,7 @@ from torch.utils.benchmark import Measurement, Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..coupling.inputs import Inputs, plainly, run_quietly
+from ..coupling.run import run_shapes
 
 __all__ = ["compare", "layer_costs", "macs", "profile"]
 
@@ -123,11 +124,18 @@ def counted(model: nn.Module, example_inputs: Any) -> tuple[Inputs, dict[str, in
 
 
 def _count(model: nn.Module, inputs: Inputs) -> dict[str, int]:
-    counter = FlopCounterMode(display=False)
-    try:
-        with run_quietly(model), plainly(), counter:
-            inputs(model)
-    except Exception:  # of the inputs or of the counter; `fitting` can tell
+    for shapes in (True, False):  # shapes are enough, unless a network looks at its numbers
+        counter = FlopCounterMode(display=False)
+        try:
+            if shapes:
+                run_shapes(model, inputs, counter)
+            else:
+                with run_quietly(model), plainly(), counter:
+                    inputs(model)
+            break
+        except Exception:  # of the inputs or of the counter; `fitting` can tell
+            counter = None
+    if counter is None:
         return {}
     root = type(model).__name__
     counts = counter.get_flop_counts()

@@ -57,6 +57,9 @@ class PruneCallback(ScheduledCallback):
         example_inputs: to see which layers are coupled; default the first training batch.
         whole_heads: attention heads go as a whole; else each becomes narrower.
         verify: compare outputs at each cut, beside the wiring.
+        after: what was cut already, `plan` of the callback of a fit that was stopped in another
+            process. With it shares count from the network before that, and `fit(n, start_epoch=k,
+            cbs=PruneCallback(0.5, after=plan))` goes on where that fit was.
         hold_trackers: `SaveModelCallback`, `EarlyStoppingCallback` and their kind wait for the
             last cut.
     """
@@ -78,6 +81,7 @@ class PruneCallback(ScheduledCallback):
         example_inputs: Any = None,
         whole_heads: bool = False,
         verify: bool = True,
+        after: Plan | None = None,
         hold_trackers: bool = True,
     ) -> None:
         super().__init__(criteria, schedule, hold_trackers)
@@ -85,7 +89,7 @@ class PruneCallback(ScheduledCallback):
         Limits(min_keep, round_to)
         self.min_keep, self.round_to = min_keep, round_to
         self.exclude, self.example_inputs = as_choices(exclude), example_inputs
-        self.whole_heads, self.verify = whole_heads, verify
+        self.whole_heads, self.verify, self.after = whole_heads, verify, after
         self._pruner: GradualPruner | None = None
 
     # --- afterwards ----------------------------------------------------------------------------
@@ -100,7 +104,7 @@ class PruneCallback(ScheduledCallback):
 
     @property
     def plan(self) -> Plan | None:
-        """All that was cut since the callback first saw the network, as one plan."""
+        """All that was cut since the callback first saw the network, and `after`, as one plan."""
         return self._seen().whole_plan
 
     def plot_sparsity(self, ax: Any = None) -> Any:
@@ -196,6 +200,7 @@ class PruneCallback(ScheduledCallback):
             round_to=self.round_to,
             min_keep=self.min_keep,
             verify=self.verify,
+            after=self.after if self._pruner is None else None,
         )
 
     def _seen(self) -> GradualPruner:

@@ -58,6 +58,8 @@ def observe(
     coupling: Coupling,
     kept: Mapping[Dim, Tensor] | None = None,
     silent: np.ndarray | None = None,
+    *,
+    origins: bool = False,
 ) -> Observation:
     """Run a network in eval mode and note its outputs and what arrives at its layers.
 
@@ -70,6 +72,7 @@ def observe(
         coupling: what was found before any cut.
         kept: the positions that stayed, of a network that was cut.
         silent: (labels,) bool, classes that no layer shall hear.
+        origins: also note which channels zero weights alone have made.
     """
     labels = coupling.labels(kept or {})
     alive = None if silent is None else torch.from_numpy(np.append(~silent, True))
@@ -78,9 +81,9 @@ def observe(
     runs = []
     try:
         for batch in together:
-            runs.append(run_numbers(model, batch, labels, alive))
+            runs.append(run_numbers(model, batch, labels, alive, origins=origins))
     except Exception:  # whatever user code raises on random inputs
-        runs = runs or [run_numbers(model, inputs, labels, alive)]
+        runs = runs or [run_numbers(model, inputs, labels, alive, origins=origins)]
     peaks = torch.zeros(len(coupling.analysis.classes), dtype=torch.float64)
     for said, _ in runs:
         for x in said.arrivals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,11 +18,11 @@ from ..coupling.ranking import unit_scores
 from ..coupling.remaining import remaining
 from ..coupling.surgery import smaller
 from ..coupling.units import Axis
-from .fitting import cut_for, cuts_of, steps_of
+from .fitting import cut_for, cuts_of, must_lead_to, steps_of
 from .plan import Plan
 from .pruner import Pruner, shapes
 from .select import ranked_units
-from .trial import Decision
+from .trial import Decision, Trial
 
 __all__ = ["GradualPruner"]
 
@@ -48,6 +49,11 @@ class GradualPruner(Pruner):
         round_to: widths become multiples of this.
         min_keep: units that stay in each axis, at least.
         verify: compare outputs at each cut. The labels are replayed in any case.
+        after: what was cut before this pruner was made, to go on from; shares count from the
+            network before that, then.
+
+    Raises:
+        ValueError: `after` is not what has led to this network.
     """
 
     def __init__(
@@ -62,12 +68,15 @@ class GradualPruner(Pruner):
         round_to: int = 1,
         min_keep: int = 1,
         verify: bool = True,
+        after: Plan | None = None,
     ) -> None:
         self.context, self.criteria = as_context(context), as_criterion(criteria)
         self.limits, self.verify = Limits(min_keep, round_to), verify
         network = unwrapped(model)
         super().__init__(network, example_inputs, exclude=exclude, whole_heads=whole_heads)
         self._first = tuple(self._axes)  # the axes at the start; those of today lie at their places
+        self._earlier = _removed(after, network, self._first)
+        self._after = after
         self._decision: Decision | None = None
         self._cut: tuple[Plan | None, Mapping[Dim, Tensor]] = None, {}
         self.watch()
@@ -97,7 +106,8 @@ class GradualPruner(Pruner):
         criterion = self.criteria.reading(self._records)
         axes, gone = self._trained(self._axes), self._gone()
         chosen = ranked_units(self.model, axes, missing, criterion, self.limits, gone)
-        self._decision = self._tried(axes, *chosen, None, self.verify)
+        where = self.model, self.inputs, self._coupling, axes
+        self._decision = self._tried(Trial(*where, verify=self.verify), *chosen)
         return self._decision.plan if self._decision.plan.removed else None
 
     def carry_out(self, plan: Plan, *, optimizer: Any = None) -> None:
@@ -120,19 +130,29 @@ class GradualPruner(Pruner):
 
     def knows(self, model: nn.Module) -> bool:
         """Whether this is the network, and nothing else has cut it."""
-        return unwrapped(model) is self.model and shapes(self.model) in (
-            self._shapes,
-            self._expected(),
-        )
+        if unwrapped(model) is not self.model:
+            return False
+        now = shapes(self.model)
+        if now == self._shapes:
+            return True
+        if now != self._expected():
+            return False
+        self._follow()
+        return True
+
+    @property
+    def whole_plan(self) -> Plan | None:
+        """All that was cut, `after` included, as one plan."""
+        return reduce(Plan.then, [*filter(None, [self._after]), *self._plans] or [None])
 
     @property
     def free(self) -> int:
-        """How many units, or bundles of them, could go at the start: not pinned, not frozen."""
-        return sum(n for n, _ in self._counted())
+        """How many units, or bundles of them, may go: neither pinned nor frozen."""
+        return sum(axis.bundles for axis in self._trained(self._first))
 
     @property
     def frozen_share(self) -> float:
-        """The share of these that freezing pins."""
+        """The share of these and the frozen that is frozen."""
         whole = sum(axis.bundles for axis in self._first)
         return 1 - self.free / whole if whole else 0.0
 
@@ -164,14 +184,14 @@ class GradualPruner(Pruner):
         return decision.plan
 
     def _refresh(self) -> None:
-        """The coupling and what the criterion compares with follow the last cut, once."""
-        if self._shapes == shapes(self.model):
-            return
         if not self.knows(self.model):
             raise RuntimeError(
                 "the network was cut by something else since this pruner looked at it: make a "
                 "new one, which starts from the network as it is"
             )
+
+    def _follow(self) -> None:
+        """The coupling and what the criterion compares with follow the last cut, once."""
         plan, kept = self._cut
         before = replace(self._coupling, axes=tuple(self._axes))
         after = remaining(before, kept, self.model, self.inputs)
@@ -191,13 +211,17 @@ class GradualPruner(Pruner):
 
     def _gone(self) -> list[int]:
         """How many units of each axis were removed."""
-        return [a.size - b.size for a, b in zip(self._first, self._axes, strict=True)]
+        axes = zip(self._earlier, self._first, self._axes, strict=True)
+        return [n + a.size - b.size for n, a, b in axes]
 
     def _counted(self) -> list[tuple[int, int]]:
         """For each axis how many bundles of the start count, and how many of these are gone."""
-        free = [axis.bundles for axis in self._trained(self._first)]
-        gone = [n // axis.blocks for n, axis in zip(self._gone(), self._first, strict=True)]
-        return [(n, lost if n else 0) for n, lost in zip(free, gone, strict=True)]
+        counted = []
+        axes = zip(self._trained(self._first), self._earlier, self._gone(), strict=True)
+        for axis, earlier, gone in axes:
+            n = axis.bundles
+            counted.append((n + earlier // axis.blocks, gone // axis.blocks) if n else (0, 0))
+        return counted
 
     def _missing(self, share: float) -> int | list[int]:
         """How many bundles are still to go: over all axes under 'global', or of each."""
@@ -205,6 +229,26 @@ class GradualPruner(Pruner):
         if self.context == "global":
             return round(share * sum(n for n, _ in counted)) - sum(gone for _, gone in counted)
         return [round(share * n) - gone for n, gone in counted]
+
+
+def _removed(after: Plan | None, network: nn.Module, axes: Sequence[Axis]) -> list[int]:
+    """How many units of each axis a plan has removed that led to this network."""
+    if after is None:
+        return [0] * len(axes)
+    must_lead_to(after, network)
+    cuts = list(after.axes)
+    removed = []
+    for axis in axes:
+        known = (c for c in cuts if (c.name, c.after) == (plain(axis.name), axis.size))
+        cut = next(known, None)
+        if cut is None:
+            raise ValueError(
+                f"the plan knows no {axis.size} channels of {plain(axis.name)!r}: pass the plan of "
+                f"all cuts since the network was dense, as in callback.plan"
+            )
+        cuts.remove(cut)
+        removed.append(cut.before - cut.after)
+    return removed
 
 
 def _left_of(copy: Tensor, plan: Plan, name: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -18,7 +18,6 @@ from ..core.processes import refuse_sharded
 from ..coupling.couple import couple
 from ..coupling.labels import Dim, dims_of
 from ..coupling.probe import Removal
-from ..coupling.units import Axis
 from ..measure.profile import counted, layer_costs, macs
 from .check import Differences, observe
 from .constants import Constants
@@ -207,25 +206,21 @@ class Pruner:
         criterion = as_criterion(criteria)
         share = None if sparsity is None else as_fraction(sparsity)
         self._refresh()
+        where = self.model, self.inputs, self._coupling, self._axes
         if share is None:
-            constants = Constants(self.model, observe(self.model, self.inputs, self._coupling).runs)
+            dense = observe(*where[:3], origins=True)
+            constants = Constants(self.model, dense.runs)
             chosen = zero_units(self.model, constants, self._axes, limits)
-            return self._tried(self._axes, *chosen, constants, verify)
-        counts = shares(self._axes, share, context)
-        chosen = ranked_units(self.model, self._axes, counts, criterion, limits)
-        return self._tried(self._axes, *chosen, None, verify)
+            trial = Trial(*where, dense=dense, constants=constants, verify=verify)
+        else:
+            counts = shares(self._axes, share, context)
+            chosen = ranked_units(self.model, self._axes, counts, criterion, limits)
+            trial = Trial(*where, verify=verify)
+        return self._tried(trial, *chosen)
 
-    def _tried(
-        self,
-        axes: Sequence[Axis],
-        wanted: Removal,
-        stay: list[Stay],
-        constants: Constants | None,
-        verify: bool,
-    ) -> Decision:
+    def _tried(self, trial: Trial, wanted: Removal, stay: list[Stay]) -> Decision:
         """What of the units that are wanted can go."""
-        where = self.model, self.inputs, self._coupling, axes
-        trial = Trial(*where, constants=constants, verify=verify)
+        axes = trial.axes
         remove = trial.settle({a: units for a, units in wanted.items() if units.any()})
         for a, reason in trial.failed.items():
             units = wanted[a].nonzero().flatten().tolist()

@@ -43,8 +43,8 @@ class Trial:
     """Tries removals on a model, which is as before after each of them.
 
     A cut network has to run, its labels have to meet as they did before, and its outputs have to
-    be those of the network as it is (with `constants` made good), or of the network in which
-    every layer ignores the removed channels. Where channels are mixed (under a layer norm) no
+    be those of the network as it is, `dense`, with `constants` made good, or of the network in
+    which every layer ignores the removed channels. Where channels are mixed (under a layer norm) no
     network computes the same: there the wiring alone is proved.
 
     Attributes:
@@ -60,35 +60,37 @@ class Trial:
         coupling: Coupling,
         axes: Sequence[Axis],
         *,
+        dense: Observation | None = None,
         constants: Constants | None = None,
         verify: bool,
     ) -> None:
         self.model, self.inputs = model, inputs
         self.coupling, self.axes = coupling, axes
-        self.constants, self.verify = constants, verify
+        self.dense, self.constants, self.verify = dense, constants, verify
         self._exact = constants is not None
         self.failed: dict[int, str] = {}
         self.apart: Differences | None = None
         self.plan = Cut({})
-        self._dense: Observation | None = None
 
     def settle(self, wanted: Removal) -> Removal:
         """Those of the axes that can be cut together, found by halving where it fails.
 
-        The cut is tried in eval mode, and the one found so, in train mode as well; where that
-        fails, which is rare, all are tried in both.
+        The cut is tried in eval mode, and the one found so in train mode, where the network does
+        something else there; where that fails, which is rare, all are tried in both.
         """
         remove = self._settled(wanted, [False])
-        where = self.coupling, self.axes, remove
-        if remove and wiring(self.model, self.inputs, *where, modes=[True], exact=self._exact)[0]:
-            remove = self._settled(wanted, [False, True])
+        if remove and self.coupling.analysis.trains:
+            where = self.model, self.inputs, self.coupling, self.axes, remove
+            if wiring(*where, modes=[True], exact=self._exact)[0] is not None:
+                remove = self._settled(wanted, [False, True])
         return remove
 
     def _settled(self, wanted: Removal, modes: Sequence[bool]) -> Removal:
         mixed = [a for a in wanted if not self._exact and self.axes[a].mixed is not None]
+        others = [a for a in wanted if a not in mixed]
         good: list[int] = []
         self.failed, self.apart, self.plan = {}, None, Cut({})
-        for more in ([a for a in wanted if a not in mixed], mixed):
+        for more in (others, mixed) if self.verify else (others + mixed,):
             good = settle(
                 good,
                 more,
@@ -126,12 +128,10 @@ class Trial:
 
     def _expected(self, remove: Removal) -> Observation:
         """What the network to compare with computes."""
-        if not self._exact:
-            silent = gone(self.coupling, self.axes, remove)
-            return observe(self.model, self.inputs, self.coupling, silent=silent)
-        if self._dense is None:
-            self._dense = observe(self.model, self.inputs, self.coupling)
-        return self._dense
+        if self.dense is not None:
+            return self.dense
+        silent = gone(self.coupling, self.axes, remove)
+        return observe(self.model, self.inputs, self.coupling, silent=silent)
 
     def _same(self, remove: Removal, unknown: Sequence[int], before: Tensor, after: Tensor) -> bool:
         """Whether the channels that stay arrive as before; outputs may hide a small branch."""

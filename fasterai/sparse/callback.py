@@ -11,14 +11,15 @@ from torch import Tensor
 from ..core.criteria import Criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
-from ..core.masks import Limits, as_context, as_fraction
-from ..core.names import LayerChoice, as_choices
+from ..core.masks import Limits, apply_masks, as_context, as_fraction
+from ..core.names import LayerChoice, as_choices, unwrapped
 from ..core.schedule import Chain, Schedule, agp, falls, goes_down
-from ..fit.callback import ScheduledCallback
+from ..fit.callback import FitCallback, ScheduledCallback
 from .choose import NothingToSparsify
+from .keep import zero_masks
 from .sparsifier import Sparsifier
 
-__all__ = ["SparsifyCallback"]
+__all__ = ["KeepZeros", "SparsifyCallback"]
 
 
 class SparsifyCallback(ScheduledCallback):
@@ -34,7 +35,8 @@ class SparsifyCallback(ScheduledCallback):
         sparsity: the share of the groups to zero, a fraction in [0, 1]; a pair
             (initial, final), the initial one from the first step on; or {layer name: fraction}
             under 'local', the others staying dense. Without an initial value the way begins at
-            what is already zero, and that stays zero.
+            what is already zero, and that stays zero; with `start_epoch` it goes on from there,
+            as far as it is by then.
         granularity: 'weight', 'row', 'column', 'kernel', 'filter', '2:4', ...; see `Sparsifier`.
             Under an N:M pattern the sparsity is the share of all weights, at most 1 - N / M.
         context: 'local' reaches the sparsity in each layer, 'global' over all of them.
@@ -115,16 +117,19 @@ class SparsifyCallback(ScheduledCallback):
             return False
         self._to = sparsifier.targets(self.sparsity)
         initial = self.initial
-        self._from = sparsifier.held() if initial is None else sparsifier.targets(initial)
+        if initial is None:
+            self._from = sparsifier.origins(self._to, self._begun)
+        else:
+            self._from = sparsifier.targets(initial)
         if any(self._to):
             sparsifier.try_criteria()  # one that fails does so before training
         else:
             sparsifier.release()  # nothing is asked: train as without a callback
         sparsifier.apply()
-        early = self._updates[0][0] > 0 and not self.criteria.needs
+        early = self._updates[0][0] > self.finished and not self.criteria.needs
         if initial is not None and any(self._from) and early:
             sparsifier.sparsify_to(self._from, asked=self._to)
-            self.history.append((0, sparsifier.reached()))
+            self.history.append((self.finished, sparsifier.reached()))
         return any(self._to)
 
     @property
@@ -189,7 +194,63 @@ class SparsifyCallback(ScheduledCallback):
     def _at(self, share: float) -> list[float]:
         """The sparsities at this share of the way; it never leads below where it began."""
         way = zip(self._from, self._to, strict=True)
-        return [(1 - share) * a + share * max(a, b) for a, b in way]
+        return [max(0.0, (1 - share) * a + share * max(a, b)) for a, b in way]
+
+
+class KeepZeros(FitCallback):
+    """Hold at zero, during `fit`, what is zero when it begins.
+
+    ```python
+    learn.load('sparse')
+    learn.fit_one_cycle(3, cbs=KeepZeros())
+    ```
+    For training on with a network that `SparsifyCallback`, or anybody else, made sparse. Held are
+    the zeros in weights of two or more dimensions, but not where a whole tensor is zero; and the
+    biases and the scales and shifts of norms that are zero, of units whose weights all are. After
+    every optimizer step they are +0.0 again. Nothing is attached to the model: the masks, a byte
+    an element of each parameter with such zeros, live as long as the fit.
+
+    Attributes:
+        zeros: the number of elements that the last fit held.
+    """
+
+    order = ScheduledCallback.order + 1  # behind what cuts
+    zeros = 0
+    _weights: tuple[Tensor, ...] = ()
+    _masks: tuple[Tensor, ...] = ()
+
+    @property
+    def mask_bytes(self) -> int:
+        """Memory that the masks take now."""
+        return sum(mask.nbytes for mask in self._masks)
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is anything to hold."""
+        return bool(self._masks)
+
+    def begin(self) -> None:
+        """Look for zeros."""
+        masks = zero_masks(self.learn.model, self.xb)
+        parameters = dict(unwrapped(self.learn.model).named_parameters())
+        self._weights = tuple(parameters[name] for name in masks)
+        self._masks = tuple(masks.values())
+        self.zeros = sum(int((mask == 0).sum()) for mask in self._masks)
+
+    def before_step(self) -> None:
+        """Look again where the network was cut since: what is zero has moved."""
+        pairs = zip(self._weights, self._masks, strict=True)
+        if self._training and any(w.shape != m.shape for w, m in pairs):
+            self.begin()
+        super().before_step()
+
+    def hold(self) -> None:
+        """Write +0.0 where zeros were."""
+        apply_masks(self._weights, self._masks)
+
+    def finish(self) -> None:
+        """Let go of the masks."""
+        self._weights = self._masks = ()
 
 
 def _initial_and_final(sparsity: Any) -> tuple[float | None, Any]:

@@ -106,7 +106,8 @@ def _inside_layers(
     skipped: dict[str, str] = {}
     for name, layer in chosen.items():
         weights = _weights(layer)
-        if name in outputs:
+        owners = {parameters[id(w)].rpartition(".")[0] for w in weights.values()}
+        if not owners.isdisjoint(outputs) or name in outputs:  # a tied weight has one name
             skipped[name] = _OUTPUT
             continue
         skipped.update({name if not weights else f"{name}.{k}": r for k, r in _absent(layer)})
@@ -119,7 +120,9 @@ def _inside_layers(
                 skipped[own] = found
             elif not weight.requires_grad:
                 skipped[own] = FROZEN
-            elif id(weight) not in groups and weight.numel():
+            elif id(weight) in groups:
+                skipped[own] = f"its weight is that of {groups[id(weight)].layer!r}"
+            elif weight.numel():
                 groups[id(weight)] = found
     return list(groups.values()), skipped
 
@@ -177,11 +180,15 @@ def _units(
             groups.append(UnitGroups(axis, tensors))
         else:
             skipped[axis.name] = next(filter(None, axis.pins))
+    owners = {id(p): name.rpartition(".")[0] for name, p in tensors.items()}
     for name, layer in chosen.items():
         if isinstance(layer, maskable_types()) and name not in seen:
+            owner = next((owners[id(w)] for w in _weights(layer).values()), name)
             skipped[name] = (
                 "no channels found: never run on the example inputs, a single one, or made in a "
                 "way that is not understood"
+                if owner == name
+                else f"its weight is that of {owner!r}"
             )
     return groups, skipped
 

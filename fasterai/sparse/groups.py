@@ -30,6 +30,7 @@ class Groups(Protocol):
 
     name: str
     layers: tuple[str, ...]
+    emptied: bool  # all of them were zeroed here: zeros only are not fresh, see `zeroed_units`
 
     @property
     def coupled(self) -> tuple[str, ...]:
@@ -89,6 +90,7 @@ class WeightGroups:
 
     coupled = ()
     width = 1
+    emptied = False
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -110,7 +112,8 @@ def ranking_of(
     """The groups in the order in which they go; their scores are `kept`, or computed in pieces."""
     single = isinstance(groups, LayerGroups) and groups.single
     if single and criterion.elementwise and not kept and not (relative and criterion.norm):
-        return ElementRanking(groups.weight, criterion, groups.parameter)
+        weight, name = groups.weight, groups.parameter
+        return ElementRanking(weight, criterion, name, emptied=groups.emptied)
     return ScoreRanking(lambda: groups.scores(criterion, relative=relative), groups.zeroed())
 
 
@@ -124,6 +127,7 @@ def write_cut(
         ranking.write_held(masks[groups.parameter])
     else:
         write_kept(ranking, cut, masks[groups.parameter])
+    groups.emptied = (ranking.held if cut is None else cut.n) == ranking.size
 
 
 @dataclass(eq=False)
@@ -159,7 +163,7 @@ class LayerGroups(WeightGroups):
 
     def zeroed(self) -> Tensor:
         alive = over_blocks(self.weight.detach() != 0, self.group, "any").flatten()
-        return ~alive & alive.any()  # a layer of zeros only is fresh, not pruned
+        return ~alive if self.emptied else ~alive & alive.any()  # zeros only are fresh, not pruned
 
     def write(self, zero: Tensor, masks: Mapping[str, Tensor]) -> None:
         kept = ~zero.view(self._shape)
@@ -176,6 +180,8 @@ class UnitGroups:
 
     axis: Axis
     tensors: Mapping[str, Tensor]
+
+    emptied = False
 
     def __post_init__(self) -> None:
         self._units = self.axis.bundled(self.axis.free)  # (groups, blocks)
@@ -207,14 +213,13 @@ class UnitGroups:
         return self.axis.blocks
 
     def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
-        first = zeroed_units(self.tensors, self.axis, _SPEAKING)
         scores, self._units = ranked_bundles(
-            self.tensors, self.axis, criterion, relative=relative, first=first
+            self.tensors, self.axis, criterion, relative=relative, first=self._zero()
         )
         return scores
 
     def zeroed(self) -> Tensor:
-        zero = zeroed_units(self.tensors, self.axis, _SPEAKING)
+        zero = self._zero()
         if self.axis.blocks == 1:
             self._units = self.axis.free[:, None]
             return zero[self.axis.free.to(zero.device)]
@@ -239,7 +244,7 @@ class UnitGroups:
         }
 
     def tally(self, macs: Mapping[str, int]) -> dict[str, int]:
-        zero = zeroed_units(self.tensors, self.axis, _SPEAKING).cpu()
+        zero = self._zero().cpu()
         weights = zero_weights = parameters = zero_parameters = cost = zero_cost = 0
         for slot in self.axis.having(*_SPEAKING):
             if slot.parameter not in self.tensors:
@@ -256,6 +261,9 @@ class UnitGroups:
                 cost += round(each_cost * here)
                 zero_cost += round(each_cost * lost)
         return _tally(weights, zero_weights, parameters, zero_parameters, cost, zero_cost)
+
+    def _zero(self) -> Tensor:
+        return zeroed_units(self.tensors, self.axis, _SPEAKING, emptied=self.emptied)
 
     def _share(self, parameter: str) -> float:
         """A weight's share of its layer's MACs: attention may have several."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion, Lookup, as_criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
-from ..core.masks import Limits, apply_masks, as_context, as_fraction, choose_cuts, zero_marks
+from ..core.masks import Limits, apply_masks, as_context, choose_cuts, zero_marks
 from ..core.names import LayerChoice, plain, unknown_name, unwrapped
 from ..core.processes import Processes, refuse_sharded
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
@@ -23,6 +23,7 @@ from .choose import choose
 from .groups import ranking_of, write_cut
 from .regrow import Regrowth
 from .report import sparsity_report
+from .targets import origin, targets_of
 
 __all__ = ["Sparsifier", "Sparsity"]
 
@@ -204,27 +205,8 @@ class Sparsifier:
 
     def targets(self, sparsity: Sparsity) -> tuple[float, ...]:
         """A sparsity as fractions: one for each of the layers, or one for all under 'global'."""
-        if not isinstance(sparsity, Mapping):
-            count = 1 if self.context == "global" else len(self._groups)
-            return (self.granularity.allow(as_fraction(sparsity)),) * count
-        if self.context == "global":
-            raise ValueError("a sparsity for each layer needs context='local', got 'global'")
-        wanted = [dict[str, float]() for _ in self._groups]
-        for name, value in sparsity.items():
-            who = f"sparsity of {name!r}"
-            fraction = self.granularity.allow(as_fraction(value, who), who)
-            owners = [i for i, g in enumerate(self._groups) if name in map(plain, g.layers)]
-            if not owners:
-                raise ValueError(self._no_such(name))
-            for i in owners:
-                wanted[i][name] = fraction
-        for group, given in zip(self._groups, wanted, strict=True):
-            if len(set(given.values())) > 1:
-                raise ValueError(
-                    f"these layers are coupled and need one sparsity: {given} "
-                    f"(all of them: {', '.join(group.layers)})"
-                )
-        return tuple(next(iter(given.values()), 0.0) for given in wanted)
+        together = self.context == "global"
+        return targets_of(sparsity, self._groups, self.granularity, together, self._no_such)
 
     def held(self) -> tuple[float, ...]:
         """The share of the groups that is zero in the model, in the form of `targets`."""
@@ -233,6 +215,20 @@ class Sparsifier:
         if self.context == "global":
             return (sum(zeros) / sum(whole),)
         return tuple(z / n for z, n in zip(zeros, whole, strict=True))
+
+    def origins(self, targets: Sequence[float], begun: Sequence[float]) -> tuple[float, ...]:
+        """Where ways to `targets` began that hold what is zero now, see `targets`.
+
+        Without a share of the way behind, that is what is held. Else it is 0, where a way from 0
+        would have come here; or what leads straight on from here to the target, also less than 0.
+
+        Args:
+            targets: where the ways lead.
+            begun: the shares of the way that were taken, in their order.
+        """
+        entries = [self._groups] if self.context == "global" else [[g] for g in self._groups]
+        ways = zip(entries, self.held(), targets, strict=True)
+        return tuple(origin(*way, begun, self.limits) for way in ways)
 
     def sparsify_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
         """Zero these fractions, see `targets`; on the way to those `asked` in the end."""
@@ -351,11 +347,13 @@ class Sparsifier:
         pairs = zip(found, self._regrowth.zero, strict=True)
         return [ScoreRanking(list, r.marks & z.to(r.marks.device)) for r, z in pairs]
 
-    @staticmethod
-    def _more(counts: int | Sequence[int], held: Sequence[int]) -> bool:
+    def _more(self, counts: int | Sequence[int], held: Sequence[int]) -> bool:
+        """Whether groups are to go beside those held: there are such that may."""
+        most = [self.limits.most(g.size, g.free) for g in self._groups]
+        left = any(m > h for m, h in zip(most, held, strict=True))
         if isinstance(counts, int):
-            return counts > sum(held)
-        return any(n > h for n, h in zip(counts, held, strict=True))
+            return left and counts > sum(held)
+        return any(min(n, m) > h for n, m, h in zip(counts, most, held, strict=True))
 
     def _set(self, rankings: Sequence[Ranking], cuts: Sequence[Cut | None]) -> None:
         pairs = zip(self._groups, rankings, strict=True)
