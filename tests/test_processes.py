@@ -28,6 +28,7 @@ from fasterai.prune.callback import PruneCallback
 from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.callback import SparsifyCallback
+from fasterai.sparse.keep import zero_masks
 from fasterai.sparse.sparsifier import Sparsifier
 
 pytest.importorskip("accelerate")
@@ -300,6 +301,7 @@ def sharded():
         lambda: Sparsifier(model, "filter", example_inputs=x),
         lambda: Pruner(model, x),
         lambda: GradualPruner(model, x),
+        lambda: zero_masks(model, x),
     ):
         try:
             do()
@@ -440,5 +442,5 @@ def test_norms_that_talk_are_traced_without_a_word(both):
 
 def test_sharded_parameters_are_refused_by_name(both):
     for said, untouched in both(sharded):
-        assert len(said) == 4 and untouched
+        assert len(said) == 5 and untouched
         assert all("'stem.weight' is a DTensor" in text for text in said)
