@@ -9,7 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-WAIT = 60  # seconds; who takes longer hangs
+START = 300  # seconds for the imports
+WAIT = 90  # seconds; who takes longer hangs
 
 
 class Pair:
@@ -49,6 +50,9 @@ class Pair:
             process = context.Process(target=_serve, args=(rank, where, there), daemon=True)
             process.start()
             self.running.append((process, here))
+        if not all(pipe.poll(START) and pipe.recv() for _, pipe in self.running):
+            self.stop()
+            raise TimeoutError("the processes do not start")
 
 
 def _serve(rank, where, pipe):
@@ -56,8 +60,12 @@ def _serve(rank, where, pipe):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "1"}
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=where, rank=rank, world_size=2, timeout=timedelta(seconds=WAIT)
+        "gloo", init_method=where, rank=rank, world_size=2, timeout=timedelta(seconds=START)
     )
+    import fastai.distributed  # noqa: F401  (slow)
+    import test_processes  # noqa: F401
+
+    pipe.send(True)
     while True:
         try:
             func, args, kwargs = pickle.loads(pipe.recv())

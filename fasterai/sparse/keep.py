@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..core.granularity import dimensions
 from ..core.names import plain, unwrapped
+from ..core.processes import refuse_sharded
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
 from ..coupling.labels import SCALE, SHIFT
@@ -39,6 +40,7 @@ def zero_masks(model: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
         example_inputs: what its forward takes; it runs only where there are rows of zeros.
     """
     network = unwrapped(model)
+    refuse_sharded(network)
     tensors = dict(network.named_parameters())
     weights = {k: p for k, p in tensors.items() if p.ndim > 1 and _partly_zero(p)}
     masks = {k: (p != 0).to(torch.uint8) for k, p in weights.items() if p.requires_grad}

@@ -56,7 +56,8 @@ class Sparsifier:
 
     Args:
         model: any network. One that `torch.compile` or `DistributedDataParallel` wraps goes by the
-            names inside, without `_orig_mod.` and `module.`.
+            names inside, without `_orig_mod.` and `module.`. Where several processes train, all
+            make one of the wrapped model and call it alike: the first one's masks hold for all.
         granularity: which weights go together: 'weight', 'row', 'column', 'kernel', 'filter', ...,
             a set of dimensions such as 'o h', blocks such as 'o/16 i', or a pattern such as '2:4';
             see `Granularity`. 'filter' zeroes whole units, with their biases and the scales and
