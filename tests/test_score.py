@@ -25,10 +25,11 @@ from fasterai.core.criteria import (
     norm_scale,
     snip,
 )
-from fasterai.core.schedule import one_shot
+from fasterai.core.schedule import lin, one_shot
 from fasterai.coupling.couple import couple
 from fasterai.coupling.inputs import Inputs
 from fasterai.coupling.labels import CONSUME, PRODUCE
+from fasterai.prune.callback import PruneCallback
 from fasterai.prune.pruner import Pruner
 from fasterai.score import criteria as S
 from fasterai.score.criteria import (
@@ -976,12 +977,14 @@ class Steps(Callback):
     order = 50
 
     def before_fit(self):
-        self.weights, self.gradients, self.models, self.batches = [], [], [], []
+        self.weights, self.gradients, self.norms = [], [], []
+        self.models, self.batches = [], []
 
     def before_step(self):
         parameters = dict(self.learn.model.named_parameters())
         self.weights.append({k: p.detach().clone() for k, p in parameters.items()})
         self.gradients.append({k: p.grad.clone() for k, p in parameters.items()})
+        self.norms.append(self.learn.model.bn1.running_var.clone())
 
     def after_batch(self):
         if self.training:
@@ -1130,3 +1133,33 @@ def test_a_scored_or_live_criterion_reaches_the_target_in_a_fit(criterion):
     cb = SparsifyCallback(0.5, "filter", "global", criterion)
     learn.fit(2, cbs=cb)
     assert cb.report().set_index("layer").loc["total", "reached"] == 0.5
+
+
+@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize("criterion", [*DATA, snip, fpgm, norm_scale], ids=lambda c: c.name)
+def test_networks_are_cut_while_they_train(criterion, context):
+    learn, seen = learner(), Hooks()
+    cb = PruneCallback(0.5, context, criterion, schedule=lin.over(start=2, end=8, every=3))
+    learn.fit(1, cbs=[cb, seen])
+    assert cb.reached() == 0.5 and [t for t, _ in cb.history] == [2, 5, 8]
+    assert seen.found_hooks == 0 and cb._gathering._gatherer is None
+    assert cb._pruner.criteria is cb.criteria and not cb.criteria.data
+
+
+@pytest.mark.parametrize("criterion", [taylor_filter, apoz, taylor_maps], ids=lambda c: c.name)
+def test_after_a_cut_the_smaller_network_is_gathered_of(criterion):
+    learn, steps = learner(), Steps()
+    cb = PruneCallback(0.5, "local", criterion, schedule=lin.over(start=2, end=8, every=3))
+    learn.fit(1, cbs=[steps, cb])
+    before = steps.models[7]  # of 12 filters, since the cut after 5 steps
+    if criterion is taylor_filter:
+        pairs = zip(steps.weights[5:], steps.gradients[5:], strict=True)
+        each = [(w["c1.weight"] * g["c1.weight"]).sum((1, 2, 3)) ** 2 for w, g in pairs]
+        own, norm = torch.stack(each).mean(0), steps.norms[7]
+    else:
+        scored = score(
+            before, [steps.batches[7]], criterion, loss_func=learn.loss_func, progress=False
+        )
+        own, norm = found(scored, before, "c1.weight")[:, 0, 0, 0], before.bn1.running_var
+    kept = torch.from_numpy(~lowest([own.double().numpy()], 4)[0])
+    assert len(own) == 12 and torch.equal(learn.model.bn1.running_var, norm[kept])

@@ -50,7 +50,7 @@ def find_places(model: nn.Module, inputs: Inputs, coupling: Coupling) -> tuple[P
         with looking(model, readers, note(read)), looking(model, makers, note(made), after=True):
             yield
 
-    known = coupling.labels(model, {})
+    known = coupling.labels({})
     run_labels(model, inputs, known, shapes=coupling.analysis.shapes, beside=notes)
     return read, made
 
