@@ -30,7 +30,11 @@ class _Sparse(nn.Module):
     """A layer for inference with its weight in compressed rows.
 
     Attributes:
-        weight: (out, in), CSR with 32-bit indices, which MKL takes as they are.
+        shape: of the weight, (out, in).
+        ends: (out + 1,) int32, where the values of each row begin and end; MKL takes 32 bits as
+            they are, and would have to convert 64.
+        columns: (n,) int32, in which column each value stands.
+        values: (n,).
         bias: (out,) or None.
     """
 
@@ -39,15 +43,30 @@ class _Sparse(nn.Module):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that this layout is in beta
             csr = layer.weight.detach().flatten(1).to_sparse_csr()
-            rows, columns = csr.crow_indices().int(), csr.col_indices().int()
-            csr = torch.sparse_csr_tensor(rows, columns, csr.values(), csr.shape)
-        self.register_buffer("weight", csr)
+        self.shape = tuple(csr.shape)
+        self.register_buffer("ends", csr.crow_indices().int())
+        self.register_buffer("columns", csr.col_indices().int())
+        self.register_buffer("values", csr.values())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         self.training = layer.training
+        self._checked: Any = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The sparse matrix, (out, in); it has no storage that could be copied, so it is made.
+
+        Places out of bounds, from a damaged file say, would be read: new ones are checked.
+        """
+        parts = self.ends, self.columns, self.values
+        state = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in parts[:2])
+        new, self._checked = state != self._checked, None
+        csr = torch.sparse_csr_tensor(*parts, self.shape, check_invariants=new)
+        self._checked = state
+        return csr
 
     def extra_repr(self) -> str:
-        out, inside = self.weight.shape
-        share = 1 - self.weight.values().numel() / (out * inside)
+        out, inside = self.shape
+        share = 1 - len(self.values) / (out * inside)
         return f"{inside}, {out}, bias={self.bias is not None}, zeros={share:.0%}"
 
 
@@ -71,7 +90,7 @@ class SparseLinear(_Sparse):
         else:
             out = (self.weight @ flat.t()).t()
             out = out if self.bias is None else out + self.bias
-        return out.unflatten(0, x.shape[:-1]) if x.ndim != 2 else out
+        return out.reshape(*x.shape[:-1], out.shape[1])
 
 
 class SparseConv(_Sparse):
@@ -79,13 +98,13 @@ class SparseConv(_Sparse):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (N, in, *) to (N, out, *)."""
-        flat = x.flatten(2)
-        out = x.new_empty(len(x), self.weight.shape[0], flat.shape[2])
+        flat, weight = x.flatten(2), self.weight
+        out = x.new_empty(len(x), len(weight), flat.shape[2])
         for sample, result in zip(flat, out, strict=True):
             if self.bias is None:
-                torch.mm(self.weight, sample, out=result)
+                torch.mm(weight, sample, out=result)
             else:
-                torch.addmm(self.bias[:, None], self.weight, sample, out=result)
+                torch.addmm(self.bias[:, None], weight, sample, out=result)
         return out.unflatten(2, x.shape[2:])
 
 
@@ -147,7 +166,7 @@ def _with_sparse(model: nn.Module, rows: Mapping[str, Mapping[str, Any]]) -> nn.
         for child, module in parent._modules.items():
             if id(module) in new:
                 parent._modules[child] = new[id(module)]
-    return new[id(changed)] if id(changed) in new else changed
+    return new.get(id(changed), changed)
 
 
 _Kinds = dict[str, Callable[[Any], nn.Module]]
