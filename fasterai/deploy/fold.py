@@ -7,9 +7,8 @@ that alone feeds it can do itself: s = g / sqrt(v + e), w' = s w, b' = s (b - m)
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.names import unwrapped
-from ..coupling.inputs import Inputs, plainly, run_quietly, tensors_in
+from ..coupling.inputs import Inputs
 from ..coupling.probe import settle
-from ..prune.check import differences
+from .comparison import Comparison, copied
 from .following import Call, Layer, Seen, affine, beyond, norms_of, watch_norms
 
 __all__ = ["fold_batchnorm", "fold_report"]
@@ -86,10 +85,11 @@ def _folded(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, pd.DataFr
         )
     inputs = Inputs.fitting(model, example_inputs)
     found, reasons = _matches(model, watch_norms(model, inputs))
-    same = _Comparison(model, inputs)
+    same = Comparison(model, inputs)
 
     def attempt(folds: Sequence[_Fold]) -> str | None:
-        return same.fails(lambda network: _apply(network, folds))
+        why = same.fails(lambda network: _apply(network, folds))
+        return f"without it {why}" if why else None
 
     failed: dict[_Fold, str] = {}
     folds = settle([], found, attempt, failed)
@@ -99,52 +99,9 @@ def _folded(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, pd.DataFr
     return _apply(model, folds), pd.DataFrame(rows, columns=["norm", "into", "reason"])
 
 
-class _Comparison:
-    """Whether another form of a network computes the same, on example and on random inputs.
-
-    Where outputs are apart in the network's own precision, it is asked in float64: networks that
-    choose, boxes say, may turn rounding into another choice.
-    """
-
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.model, self.batches = model, [inputs, inputs.random_like()]
-        self.expected = _outputs(model, self.batches)
-
-    def fails(self, change: Callable[[nn.Module], nn.Module]) -> str | None:
-        """Why the changed copy that `change` makes of a network will not do, or None."""
-        try:
-            apart = differences(self.expected, _outputs(change(self.model), self.batches))
-        except Exception as error:  # whatever a network may raise that misses something
-            return f"without it the network breaks: {type(error).__name__}: {error}"
-        if apart.small or self._same_in_double(change):
-            return None
-        return f"without it the outputs differ by {apart.relative:.0e}"
-
-    def _same_in_double(self, change: Callable[[nn.Module], nn.Module]) -> bool:
-        batches = [b.to(torch.float64) for b in self.batches]
-        try:
-            exact = _copied(self.model).double()
-            return differences(_outputs(exact, batches), _outputs(change(exact), batches)).small
-        except Exception:  # it insists on its precision
-            return False
-
-
-def _outputs(model: nn.Module, batches: Sequence[Inputs]) -> list[list[Tensor]]:
-    """What comes out on the first of the batches, and on the others if they can be run."""
-    found: list[list[Tensor]] = []
-    with run_quietly(model), plainly():
-        for batch in batches:
-            try:
-                found.append(tensors_in(batch(model)))
-            except Exception:  # whatever user code raises on random inputs
-                if not found:
-                    raise
-    return found
-
-
 def _apply(model: nn.Module, folds: Sequence[_Fold]) -> nn.Module:
     """A copy of a network with these norms folded."""
-    folded = _copied(model)
+    folded = copied(model)
     modules = dict(folded.named_modules())
     for name, targets in folds:
         norm = modules[name]
@@ -156,16 +113,6 @@ def _apply(model: nn.Module, folds: Sequence[_Fold]) -> nn.Module:
                 if module is norm:
                     parent._modules[child] = beyond(norm)
     return folded
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:  # whatever a network keeps that has no copy
-        raise ValueError(
-            f"the network cannot be copied ({type(error).__name__}: {error}): pass one that "
-            f"copy.deepcopy takes"
-        ) from error
 
 
 def _take_in(layer: nn.Module, target: _Target, scale: Tensor, shift: Tensor) -> None:

@@ -1,0 +1,72 @@
+"""Whether a changed copy of a network still computes the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..coupling.inputs import Inputs, plainly, run_quietly, tensors_in
+from ..prune.check import differences
+
+__all__ = ["Comparison", "copied"]
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a network.
+
+    Raises:
+        ValueError: it has none.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever a network keeps that has no copy
+        raise ValueError(
+            f"the network cannot be copied ({type(error).__name__}: {error}): pass one that "
+            f"copy.deepcopy takes"
+        ) from error
+
+
+class Comparison:
+    """Whether another form of a network computes the same, on example and on random inputs.
+
+    Where outputs are apart in the network's own precision, it is asked in float64: networks that
+    choose, boxes say, may turn rounding into another choice.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.model, self.batches = model, [inputs, inputs.random_like()]
+        self.expected = _outputs(model, self.batches)
+
+    def fails(self, change: Callable[[nn.Module], nn.Module]) -> str | None:
+        """Why the changed copy that `change` makes of a network will not do, or None."""
+        try:
+            apart = differences(self.expected, _outputs(change(self.model), self.batches))
+        except Exception as error:  # whatever a network may raise that misses something
+            return f"the network breaks: {type(error).__name__}: {error}"
+        if apart.small or self._same_in_double(change):
+            return None
+        return f"the outputs differ by {apart.relative:.0e}"
+
+    def _same_in_double(self, change: Callable[[nn.Module], nn.Module]) -> bool:
+        batches = [b.to(torch.float64) for b in self.batches]
+        try:
+            exact = copied(self.model).double()
+            return differences(_outputs(exact, batches), _outputs(change(exact), batches)).small
+        except Exception:  # it insists on its precision
+            return False
+
+
+def _outputs(model: nn.Module, batches: Sequence[Inputs]) -> list[list[Tensor]]:
+    """What comes out on the first of the batches, and on the others if they can be run."""
+    found: list[list[Tensor]] = []
+    with run_quietly(model), plainly():
+        for batch in batches:
+            try:
+                found.append(tensors_in(batch(model)))
+            except Exception:  # whatever user code raises on random inputs
+                if not found:
+                    raise
+    return found

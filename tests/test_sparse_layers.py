@@ -1,0 +1,162 @@
+"""Layers that skip zeros: the same numbers; which ones, is up to the clock of the machine."""
+
+import copy
+
+import pandas as pd
+import pytest
+import torch
+from networks import apart
+from torch import nn
+
+from fasterai.deploy import sparse_layers
+from fasterai.deploy.sparse_layers import SparseConv, SparseLinear, sparse_linear
+
+
+def emptied(layer, share=0.9):
+    with torch.no_grad():
+        layer.weight[torch.rand_like(layer.weight) < share] = 0
+    return layer
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Lets a test say which kinds are fast."""
+    times = {"dense": 2.0, "rows": 1.0, "columns": 0.5, "samples": 0.5}
+
+    def told(networks, x, **_):
+        for network in networks.values():
+            network(x)
+        return pd.DataFrame({"latency_ms": {name: times[name] for name in networks}})
+
+    monkeypatch.setattr(sparse_layers, "compare", told)
+    return times
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (5, 12), (2, 3, 12), (0, 12)])
+@pytest.mark.parametrize("by", ["rows", "columns"])
+def test_linear_layers(by, shape, bias, dtype):
+    torch.manual_seed(0)
+    layer = emptied(nn.Linear(12, 7, bias=bias)).to(dtype)
+    x = torch.randn(shape, dtype=dtype)
+    with torch.no_grad():
+        out = SparseLinear(layer, by)(x)
+        assert out.shape == layer(x).shape
+        assert torch.allclose(out, layer(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "kind, shape", [(nn.Conv1d, (9,)), (nn.Conv2d, (4, 5)), (nn.Conv3d, (2, 3, 4))]
+)
+def test_convs(kind, shape, bias):
+    layer = emptied(kind(6, 8, 1, bias=bias))
+    for n in (0, 1, 3):
+        x = torch.randn(n, 6, *shape)
+        with torch.no_grad():
+            assert torch.allclose(SparseConv(layer)(x), layer(x), atol=1e-5)
+            if len(shape) == 2:
+                last = x.to(memory_format=torch.channels_last)
+                assert torch.allclose(SparseConv(layer)(last), layer(x), atol=1e-5)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        emptied(nn.Conv2d(3, 16, 1)),
+        nn.ReLU(),
+        emptied(nn.Conv2d(16, 16, 3, padding=1)),
+        emptied(nn.Conv2d(16, 8, 1, stride=2)),
+        emptied(nn.Conv2d(8, 8, 1, groups=2)),
+        nn.Flatten(),
+        emptied(nn.Linear(32, 16), 0.3),
+        emptied(nn.Linear(16, 16)),
+        emptied(nn.Linear(16, 4), 0.6),
+    ).eval()
+
+
+def test_faster_layers_are_converted_and_others_are_not(clock):
+    model, x = network(), torch.randn(4, 3, 4, 4)
+    before = copy.deepcopy(model.state_dict())
+    small, table = sparse_linear(model, x)
+    assert [type(m).__name__ for m in small][::6] == ["SparseConv", "Linear"]
+    assert type(small[7]) is type(small[8]) is SparseLinear and small[7].by == "columns"
+    assert type(small[2]) is type(small[3]) is type(small[4]) is nn.Conv2d
+    with torch.no_grad():
+        assert apart(model(x), small(x)) < 1e-6
+    assert table["layer"].tolist() == ["0", "6", "7", "8"]
+    assert table["reason"].tolist() == ["", "fewer than 50% of its weights are zero", "", ""]
+    share = float((model[7].weight == 0).float().mean())
+    assert table["zeros"][2] == pytest.approx(share)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in [*model, *small])
+    clock["columns"] = 1.5
+    small, table = sparse_linear(model, x)
+    assert small[7].by == "rows" and table["kind"][2] == "rows"
+    clock.update(rows=1.9, columns=3.0)
+    small, table = sparse_linear(model, x)
+    assert type(small[7]) is nn.Linear and table["reason"][2] == "only 1.1 times as fast"
+    small, _ = sparse_linear(model, x, gain=1.01)
+    assert type(small[7]) is SparseLinear
+
+
+def test_copies_go_to_files_and_back(clock, tmp_path):
+    small, _ = sparse_linear(network(), torch.randn(4, 3, 4, 4))
+    torch.save(small.state_dict(), tmp_path / "a")
+    again = copy.deepcopy(small)
+    again[7].values.zero_()
+    again.load_state_dict(torch.load(tmp_path / "a", weights_only=True))
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(small(x), again(x)) and not small(x).requires_grad
+    assert f"zeros={float((small[7].weight.to_dense() == 0).float().mean()):.0%}" in repr(small[7])
+
+
+def test_places_out_of_bounds_are_refused(clock):
+    small, _ = sparse_linear(network(), torch.randn(4, 3, 4, 4))
+    bad = small.state_dict() | {"7.columns": small[7].columns + 1000}
+    small.load_state_dict(bad)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="col_indices"):
+            small(torch.randn(2, 3, 4, 4))
+
+
+def test_a_network_that_is_a_single_layer(clock):
+    small, table = sparse_linear(emptied(nn.Linear(16, 4)), torch.randn(3, 16))
+    assert type(small) is SparseLinear and table["layer"].tolist() == [""]
+
+
+class Reading(nn.Module):
+    """Code that reads a weight itself, and a layer that runs on two shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.never = (emptied(nn.Linear(16, 16)) for _ in range(3))
+
+    def forward(self, x):
+        y = self.b(self.b(x)[:1])
+        return self.a(y) / self.a.in_features
+
+
+def test_what_breaks_without_its_weight_stays(clock):
+    model = Reading().eval()
+    small, table = sparse_linear(model, torch.randn(4, 16))
+    assert type(small.b) is SparseLinear and type(small.a) is nn.Linear
+    assert table["dense_ms"].tolist()[:2] == [2.0, 4.0]
+    assert "the network breaks" in table["reason"][0]
+    assert table["reason"][2] == "it did not run on the example inputs"
+
+
+def test_the_clock_decides_where_nobody_tells():
+    """Without a single value left, and with all of them: whatever the clock says, it is honest."""
+    model = nn.Sequential(nn.Linear(256, 256), emptied(nn.Linear(256, 256), 0.9)).eval()
+    small, table = sparse_linear(model, torch.randn(8, 256), seconds=0.02)
+    row = table.iloc[1]
+    fast = row["dense_ms"] >= 1.2 * row["sparse_ms"]
+    assert (type(small[1]) is SparseLinear) == fast == (row["reason"] == "")
+    assert type(small[0]) is nn.Linear and pd.isna(table["dense_ms"][0])
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(ValueError, match=r"the model is on meta.*model.cpu\(\)"):
+        sparse_linear(nn.Linear(4, 4, device="meta"), torch.randn(2, 4))
