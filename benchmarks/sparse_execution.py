@@ -2,10 +2,10 @@
 
     python benchmarks/sparse_execution.py [--threads 1] [--seconds 0.05] [--out FILE]
 
-Each number says how many times as fast as the dense layer: CSR with zeros at random places (the best
-way of `fasterai.deploy.sparse_layers`; 64: with 64-bit indices, as `to_sparse_csr` makes them),
-and BSR whose zeros are whole blocks of 8x8, 16x16 or 32x32 (MKL takes square blocks only). Dense
-and sparse take turns; the ratio is that of the medians of all rounds.
+Each number says how many times as fast as the dense layer: CSR with zeros at random places (the
+best way of `fasterai.deploy.sparse_layers`; 64: with 64-bit indices, as `to_sparse_csr` makes
+them), and BSR whose zeros are whole blocks of 8x8, 16x16 or 32x32 (MKL takes square blocks only).
+Dense and sparse take turns; the ratio is that of the medians of all rounds.
 """
 
 import argparse
