@@ -89,6 +89,8 @@ class SparsifyCallback(ScheduledCallback):
             grain.allow(value, "sparsity" if layer is None else f"sparsity of {layer!r}")
         self.granularity = grain.name
         self.context = as_context(context)
+        if self.context == "global" and isinstance(self.sparsity, Mapping):
+            raise ValueError("a sparsity for each layer needs context='local', got 'global'")
         Limits(min_keep, round_to)
         self.min_keep, self.round_to = min_keep, round_to
         self.layers = None if layers is None else as_choices(layers)

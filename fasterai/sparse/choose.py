@@ -210,10 +210,13 @@ def _chosen(
 ) -> dict[str, nn.Module]:
     names = None if layers is None else pick(model, layers, "layers")
     left_out = pick(model, exclude, "exclude")
+    modules = dict(model.named_modules())
+    tied = {id(w) for name in left_out for w in _weights(modules[name]).values()}
     return {
         name: m
-        for name, m in model.named_modules()
+        for name, m in modules.items()
         if isinstance(m, kinds) and name not in left_out and (names is None or name in names)
+        if tied.isdisjoint(map(id, _weights(m).values()))
     }
 
 
