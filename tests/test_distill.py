@@ -325,6 +325,25 @@ def test_values_are_compared_through_what_was_kept(as_plan):
     assert not left_behind(learn)
 
 
+def test_of_a_block_the_last_layer_tells_what_was_kept():
+    def block(i, o):
+        return nn.Sequential(nn.Conv2d(i, o, 3), nn.BatchNorm2d(o), nn.ReLU())
+
+    torch.manual_seed(0)
+    teacher = nn.Sequential(
+        block(3, 8), block(8, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    )
+    learn = learner(copy.deepcopy(teacher))
+    pruner = Pruner(learn.model, torch.randn(2, 3, 8, 8))
+    pruner.prune_model(0.5)
+    index, x = list(pruner.plan.kept["1.0.weight"][0]), torch.randn(4, 3, 8, 8)
+    cb = DistillCallback(teacher, features="1", match="values", kept=pruner.plan)
+    ours, theirs = learn.model[:2].eval()(x), teacher[:2].eval()(x)
+    apart = cb._layers_apart(ours, theirs, "1")
+    torch.testing.assert_close(apart, (ours - theirs[:, index]).square().mean())
+    learn.fit(1, cbs=cb)
+
+
 @pytest.mark.parametrize("granularity", ["filter", "weight"])
 def test_in_company(tmp_path, granularity):
     learn = learner(path=tmp_path)

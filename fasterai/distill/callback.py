@@ -200,13 +200,19 @@ class DistillCallback(FitCallback):
 
 
 def _positions(kept: Any, layer: str, teacher: nn.Module) -> Sequence[int] | None:
-    """Which of a layer's output channels stayed; None where nothing is known of it."""
+    """Which of a layer's output channels stayed; None where nothing is known of it.
+
+    Of a block of layers the last one that was cut tells.
+    """
     if kept is None or isinstance(kept, Mapping):
         return None if kept is None else kept.get(layer)
-    transposed = isinstance(
-        layers_named(teacher, [layer], "features")[layer], nn.modules.conv._ConvTransposeNd
-    )
-    return kept.kept.get(f"{layer}.weight", {}).get(int(transposed))
+    inside = layers_named(teacher, [layer], "features")[layer]
+    for name, module in reversed(list(inside.named_modules(prefix=layer))):
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        found = kept.kept.get(f"{name}.weight", {}).get(int(transposed))
+        if found is not None:
+            return found
+    return None
 
 
 def _number(name: str, value: Any, most: float = math.inf) -> float:
