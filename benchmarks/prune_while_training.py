@@ -18,9 +18,9 @@ import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from cifar import cifar
 from fastai.callback.core import Callback
 from fastai.callback.schedule import minimum  # noqa: F401  (patches Learner)
 from fastai.data.core import DataLoaders
@@ -35,32 +35,7 @@ from fasterai.measure.profile import macs
 from fasterai.prune.callback import PruneCallback
 
 HERE = Path(__file__).parent
-MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 STEPS, ROUNDS = 4, 5
-
-
-def sheet(file):
-    """(10000, 3, 32, 32) images from a sheet of 100 x 100."""
-    from PIL import Image
-
-    pixels = np.asarray(Image.open(file).convert("RGB"))
-    tiles = pixels.reshape(100, 32, 100, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
-    x = torch.from_numpy(tiles.copy()).permute(0, 3, 1, 2).float() / 255
-    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
-
-
-def cifar(folder, images):
-    """Training and test images and labels."""
-    if folder is None:
-        random = torch.Generator().manual_seed(0)
-        x, y = torch.randn(images, 3, 32, 32, generator=random), torch.arange(images) % 10
-        return (x, y), (x[:1000], y[:1000])
-    labels = np.load(folder / "cifar10_labels.npz")
-    files = [folder / f"cifar10_train_{i + 1}.webp" for i in range(-(-images // 10000))]
-    x = torch.cat([sheet(file) for file in files])[:images]
-    y = torch.from_numpy(labels["train"][: len(x)].astype(np.int64))
-    test = sheet(folder / "cifar10_test.webp")
-    return (x, y), (test, torch.from_numpy(labels["test"].astype(np.int64)))
 
 
 class Items(TensorDataset):
