@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from ..coupling.inputs import Inputs, random_state_kept
 
-__all__ = ["Batch", "as_batch", "drawn", "first_batches"]
+__all__ = ["Batch", "as_batch", "drawn", "first_batches", "in_memory"]
 
 
 @dataclass(frozen=True)
@@ -114,3 +114,17 @@ def drawn(loader: Iterable[Any], model: nn.Module) -> Iterator[None]:
             loader.rng = rng
         for generator, before in zip(generators, states, strict=True):
             generator.set_state(before)
+
+
+def in_memory(loader: Iterable[Any], model: nn.Module, n_batches: int | None) -> list[Batch]:
+    """So many batches of a loader, on the model's device; see `drawn`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with drawn(loader, model):
+        lazily, _ = first_batches(loader, n_batches)
+        batches = [as_batch(b, model, getattr(loader, "n_inp", None)) for b in lazily]
+    if not batches:
+        raise ValueError("the loader gave no batch to measure the loss on")
+    return batches

@@ -25,7 +25,7 @@ from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
 from ..coupling.surgery import shadowed
 from ..coupling.units import Axis, Coupling
-from .batches import Batch, as_batch, drawn, first_batches
+from .batches import Batch, in_memory
 from .journal import Journal, about
 from .removing import Removals, mean_loss
 from .units import Units
@@ -102,11 +102,7 @@ def oracle(
     """
     pick(model, (), "model")
     network = unwrapped(model)
-    with drawn(dl, network):
-        lazily, _ = first_batches(dl, n_batches)
-        batches = [as_batch(b, network, getattr(dl, "n_inp", None)) for b in lazily]
-    if not batches:
-        raise ValueError("the loader gave no batch to measure the loss on")
+    batches = in_memory(dl, network, n_batches)
     inputs = Inputs.fitting(network, batches[0].inputs.kwargs or batches[0].inputs.args)
     coupling = couple(network, inputs, whole_heads=whole_heads)
     wanted = _chosen(network, coupling.axes, units)
