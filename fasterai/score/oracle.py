@@ -106,6 +106,8 @@ def oracle(
     inputs = Inputs.fitting(network, batches[0].inputs.kwargs or batches[0].inputs.args)
     coupling = couple(network, inputs, whole_heads=whole_heads)
     wanted = _chosen(network, coupling.axes, units)
+    if not wanted:
+        raise ValueError("no unit to measure: see Pruner(model, inputs).axes() for what can go")
     loss = mean_loss(network, batches, loss_func)
     if not math.isfinite(loss):
         raise ValueError(f"the loss of the network as it is must be a finite number, got {loss}")
