@@ -1,8 +1,8 @@
 """The oracle: what the loss does when a unit is really removed, unit by unit.
 
 It is what all criteria estimate: Molchanov et al., "Pruning Convolutional Neural Networks for
-Resource Efficient Inference", 2017, https://arxiv.org/abs/1611.06440, section 2.2, where it is
-called oracle-loss with its sign and oracle-abs without.
+Resource Efficient Inference", 2017, https://arxiv.org/abs/1611.06440, who call it oracle-loss with
+its sign and oracle-abs without.
 """
 
 from __future__ import annotations
