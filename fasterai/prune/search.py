@@ -1,8 +1,9 @@
 """A search for the units to remove, with the loss of whole masks instead of scores of units.
 
 After Anwar, Hwang and Sung, "Structured Pruning of Deep Convolutional Neural Networks", 2015,
-https://arxiv.org/abs/1512.08571, section 4: a particle filter whose particles are masks, weighed
-by how well the network does with each of them on a small set of examples.
+https://arxiv.org/abs/1512.08571: a particle filter whose particles are masks, weighed
+by how well the network does with each of them on a small set of examples. They weigh by the rate of
+errors; here it is any loss, on the scale of its own spread.
 """
 
 from __future__ import annotations
