@@ -12,8 +12,8 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
-	$(BIN)/nbdev-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long

@@ -4,7 +4,11 @@ from .core.criteria import *
 from .core.granularity import *
 from .core.schedule import *
 from .deploy.all import *
+from .distill.all import *
 from .measure.pictures import *
 from .measure.profile import *
 from .prune.all import *
+from .regularize.all import *
+from .score.all import *
 from .sparse.all import *
+from .tickets.all import *

@@ -425,6 +425,7 @@ def test_a_schedule_of_ones_own_and_once_an_epoch():
         (({},), "at least one layer"),
         ((0.5, "filtre"), "did you mean 'filter'"),
         ((0.5, "filter", "globl"), "context"),
+        (({"c1": 0.5}, "weight", "global"), "needs context='local'"),
         ((0.5, "filter", "local", "large"), "criteria must be"),
         ((0.5, "filter", "local", large_final, 0.3), "schedule must be"),
     ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from networks import ALL, apart, images, make
 
+from fasterai.deploy.files import load_pruned, save_pruned
 from fasterai.measure.profile import compare
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
@@ -41,6 +42,25 @@ def test_the_whole_way(kind, context, device):
     table = compare({"sparse": sparse, "pruned": model}, x, seconds=0.02)
     assert table["macs"].iloc[1] < table["macs"].iloc[0]
     loss_of(model.train()(x)).backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ALL)
+def test_plans_and_files_go_from_device_to_device(kind, device, tmp_path):
+    model, x = make(kind).to(device), images(4)
+    copies = {d: copy.deepcopy(model).to(d) for d in DEVICES}
+    Sparsifier(model, "filter", example_inputs=x.to(device)).sparsify_model(0.5)
+    for other in copies.values():
+        other.load_state_dict(model.state_dict())
+    pruner = Pruner(model, x.to(device))
+    pruner.prune_model()
+    save_pruned(model, tmp_path / "a", pruner.whole_plan)
+    for where, other in copies.items():
+        pruner.plan.apply(other)
+        loaded = load_pruned(make(kind, seed=1).to(where), tmp_path / "a")
+        for p, q, r in zip(*(m.parameters() for m in (model, other, loaded)), strict=True):
+            assert q.device.type == r.device.type == where
+            assert torch.equal(p.cpu(), q.cpu()) and torch.equal(p.cpu(), r.cpu())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -146,9 +146,9 @@ def test_an_embedding_width_goes_where_it_is_asked_for():
 
 
 class Normed(nn.Module):
-    def __init__(self, norm):
+    def __init__(self, norm, width=8):
         super().__init__()
-        self.a, self.norm, self.b = conv(3, 8), norm, conv(8, 4)
+        self.a, self.norm, self.b = conv(3, width), norm, conv(width, 4)
 
     def forward(self, x):
         x = self.a(x)

@@ -10,14 +10,30 @@ import pytest
 import fasterai
 
 ROOT = Path(fasterai.__file__).parent
-ORDER = ["core", "coupling", "measure", "fit", "sparse", "prune", "deploy"]
+ORDER = [
+    "core",
+    "coupling",
+    "measure",
+    "score",
+    "fit",
+    "sparse",
+    "tickets",
+    "regularize",
+    "prune",
+    "distill",
+    "deploy",
+]
 MAY = {
     "core": {"core"},
     "coupling": {"core", "coupling"},
     "measure": {"core", "coupling", "measure"},
-    "fit": {"core", "coupling", "measure", "fit"},
-    "sparse": {"core", "coupling", "measure", "fit", "sparse"},
-    "prune": {"core", "coupling", "measure", "fit", "prune"},
+    "score": {"core", "coupling", "measure", "score"},
+    "fit": {"core", "coupling", "measure", "score", "fit"},
+    "sparse": {"core", "coupling", "measure", "score", "fit", "sparse"},
+    "prune": {"core", "coupling", "measure", "score", "fit", "prune"},
+    "tickets": {"core", "coupling", "measure", "score", "fit", "sparse", "tickets"},
+    "regularize": {"core", "coupling", "measure", "score", "fit", "sparse", "regularize"},
+    "distill": {"core", "coupling", "measure", "score", "fit", "distill"},
     "deploy": set(ORDER),
 }
 FILES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))

@@ -7,6 +7,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fasterai
 
@@ -33,6 +34,15 @@ def test_notebooks_are_run_clean_and_small(path):
     assert "test_" in text or "assert " in text
     for out in (o for c in code for o in c["outputs"]):
         assert out["output_type"] != "error"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_figures_have_a_text_for_those_who_do_not_see_them(path):
+    for cell in json.loads(path.read_text())["cells"]:
+        if any("image/png" in out.get("data", {}) for out in cell.get("outputs", ())):
+            said = [line[2:] for line in cell["source"] if line.startswith("#|")]
+            text = yaml.safe_load("".join(said) or "{}").get("fig-alt", "")
+            assert len(text) > 50, f"a cell without '#| fig-alt': {cell['source'][0]}"
 
 
 def test_no_path_of_the_machine_it_was_made_on():

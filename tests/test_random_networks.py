@@ -19,6 +19,7 @@ from torch import nn
 from fasterai.coupling.labels import Field
 from fasterai.coupling.probe import wiring
 from fasterai.coupling.rules import RULES
+from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.choose import NothingToSparsify
 from fasterai.sparse.sparsifier import Sparsifier
@@ -406,13 +407,27 @@ def ranked(case):
     return pruner.plan.removed > 0
 
 
+def in_steps(case):
+    """Half of the way, then the rest: all in all what is left is wired as before."""
+    model = build(case)
+    dense = copy.deepcopy(model)
+    pruner = GradualPruner(model, pictures(), ("local", "global")[case.seed % 2])
+    for share in (case.share / 2, case.share):
+        pruner.prune_to(share)
+    if pruner.whole_plan is None:
+        return False
+    same_outputs(case, model, silenced(copy.deepcopy(dense), model, pruner.whole_plan))
+    usable(model, dense)
+    return pruner.whole_plan.removed > 0
+
+
 # --- the runs -------------------------------------------------------------------------------------
 
 OP, WIDTH = st.sampled_from([*UNARY, *BINARY, "again"]), st.sampled_from([8, 4, 6, 12, 16])
 STEPS = st.lists(st.builds(Step, OP, WIDTH, st.integers(0, 7), st.integers(0, 3)), max_size=9)
 HEAD = st.sampled_from(["mean", "conv", "flatten", "plain"])
 CASES = st.builds(Case, STEPS, HEAD, st.integers(0, 9), st.sampled_from([0.5, 0.25, 0.75, 0.9]))
-CHECKS = [exact, by_hand, ranked]
+CHECKS = [exact, by_hand, ranked, in_steps]
 ONCE = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck]
 )

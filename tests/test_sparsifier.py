@@ -324,6 +324,14 @@ def test_tied_weights_count_once():
     assert int((model[0].weight == 0).sum()) == 18
 
 
+def test_a_weight_is_left_alone_where_one_of_its_layers_is():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    for name in ("0", "2"):
+        with pytest.raises(ValueError, match="nothing to sparsify"):
+            Sparsifier(model, exclude=(name, "3"))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

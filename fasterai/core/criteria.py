@@ -2,7 +2,8 @@
 
 A criterion maps a weight to scores of the same shape. Most see the weight as it is. Others compare
 it with what it was at the start (`'initial'`) or at the last update of the zeros (`'previous'`),
-or see its gradient (`'gradient'`); each says in `needs` what it takes beside the weight.
+see its gradient (`'gradient'`), the scale of the norm behind it (`'scale'`), or what was gathered
+on data (`GATHERED`, by `fasterai.score`); each says in `needs` what it takes beside the weight.
 
 Sources: `large_final` averaged over a group is the group's L1 norm by its size, the criterion of
 Li et al., "Pruning Filters for Efficient ConvNets", 2017, https://arxiv.org/abs/1608.08710. Those
@@ -11,23 +12,33 @@ Tickets", 2019, https://arxiv.org/abs/1905.01067. `grad_crit` is the first-order
 of Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019,
 https://arxiv.org/abs/1906.10771, eq. 8. `movmag` is near to Sanh et al., "Movement Pruning",
 2020, https://arxiv.org/abs/2005.07683: they add up `-w * dL/dw` over the steps, which is
-the weight times its movement, with the sign.
+the weight times its movement, with the sign. `fpgm` is the geometric median of He et al., "Filter
+Pruning via Geometric Median", 2019, https://arxiv.org/abs/1811.00250: the sum of the distances of
+a filter to all of its layer, the least of which is nearest to it. `norm_scale` is the criterion of
+Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", 2017,
+https://arxiv.org/abs/1708.06519. `snip` is that of Lee et al., "SNIP: Single-shot Network Pruning
+based on Connection Sensitivity", 2019, https://arxiv.org/abs/1810.02340, without the sum over the
+network that it is divided by, which is the same for all weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from .gathered import GATHERED, Gathered
+from .granularity import along
 from .normalise import NORMS
 from .schedule import Schedule
 
 __all__ = [
     "Criterion",
     "as_criterion",
+    "fpgm",
     "grad_crit",
     "large_final",
     "large_init",
@@ -35,18 +46,20 @@ __all__ = [
     "magnitude_increase",
     "movement",
     "movmag",
+    "norm_scale",
     "random_scores",
     "small_final",
     "small_init",
     "small_init_small_final",
+    "snip",
     "squared_final",
     "updating_magnitude_increase",
     "updating_movement",
     "updating_movmag",
 ]
 
-NEEDS = ("initial", "previous", "gradient")
-Lookup = Callable[[str, str], Tensor]  # what is needed, of which parameter
+NEEDS = ("initial", "previous", "gradient", "scale", *GATHERED)
+Lookup = Callable[[str, str], Tensor | None]  # what is needed, of which parameter
 
 
 class NothingToCompare(ValueError):
@@ -68,14 +81,20 @@ class Criterion:
         reduce: `'mean'` or `'sum'` over the elements of a group. Under `'mean'`, units ranked
             globally are further divided by the mean score of their axis, so that no layer is
             emptied for being wide or small; under `'sum'` they are compared as they are.
-        needs: one or several of `'initial'`, `'previous'` and `'gradient'`. A `Sparsifier` keeps
-            copies of the first two; the gradient is read where it is.
+        needs: one or several of `'initial'`, `'previous'`, `'gradient'`, `'scale'` and those in
+            `GATHERED`. A `Sparsifier` keeps copies of the first two; the gradient is read where it
+            is; the scale is the mean magnitude of the scales of the norms behind a filter, for
+            each of its weights; the others are gathered by `score` or by a callback.
         norm: how the scores of a layer are normalised where they are ranked with those of other
-            layers, see `normalised`.
+            layers, see `normalised`; `'none'` not at all.
         records: where the initial and previous weights are found; set by what keeps them.
         elementwise: whether the score of an element depends on this element alone. Such scores
             are computed a piece of the weight at a time, again whenever they are needed; others
             at once, and kept.
+        by_filter: whether `func` scores whole filters: it then gets a matrix (filters, elements)
+            instead of the weight, and of what it needs, and returns (filters,) scores. Each
+            element of a filter scores as the filter does.
+        data: what `score` has gathered.
     """
 
     func: Callable[..., Tensor] = field(repr=False)
@@ -85,6 +104,8 @@ class Criterion:
     norm: str | None = None
     records: Lookup | None = field(default=None, repr=False, compare=False)
     elementwise: bool = False
+    by_filter: bool = False
+    data: Gathered | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.reduce not in ("mean", "sum"):
@@ -94,36 +115,62 @@ class Criterion:
             raise ValueError(f"needs must be among {', '.join(NEEDS)}, got {unknown[0]!r}")
         if self.norm not in (None, *NORMS):
             raise ValueError(f"scores are normalised by {', '.join(NORMS)}, got {self.norm!r}")
+        if self.elementwise and self.by_filter:
+            raise ValueError("a criterion scores elements or whole filters, not both")
         object.__setattr__(self, "needs", needs)
 
-    def __call__(self, weight: Tensor, name: str = "weight") -> Tensor:
+    @property
+    def wants(self) -> tuple[str, ...]:
+        """What it needs and does not have yet."""
+        return tuple(n for n in self.needs if self.data is None or n not in self.data)
+
+    def __call__(
+        self,
+        weight: Tensor,
+        name: str = "weight",
+        dim: int = 0,
+        given: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Tensor:
         """Scores of `weight`, of its shape, in at least float32.
+
+        Args:
+            weight: of any shape.
+            name: its own, for errors and to find what is needed.
+            dim: the dimension that its filters lie along.
+            given: needs that are known already, of the weight's shape.
 
         Raises:
             ValueError: what the criterion needs is not there, or the scores have another shape,
                 are not real numbers, or hold nan; `name` says whose.
         """
-        who = f"criterion {self.name or self.func!r}"
-        needed = [self._needed(need, weight, name) for need in self.needs]
+        needed = [self._needed(need, weight, name, given) for need in self.needs]
+        shown = [weight.detach(), *needed]
+        if self.by_filter:
+            shown = [t.movedim(dim, 0).reshape(t.shape[dim], -1) for t in shown]
         try:
-            scores = self.func(weight.detach(), *needed)
+            scores = self.func(*shown)
         except Exception as error:  # whatever user code raises
-            raise ValueError(f"{who} failed on {name}: {type(error).__name__}: {error}") from error
-        if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self._who} failed on {name}: {what}") from error
+        expected = shown[0].shape[:1] if self.by_filter else weight.shape
+        if not isinstance(scores, Tensor) or scores.shape != expected:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
+            each = "filter" if self.by_filter else "weight"
             raise ValueError(
-                f"{who} must return one score per weight: expected a tensor of shape "
-                f"{tuple(weight.shape)} for {name}, got {got}"
+                f"{self._who} must return one score per {each}: expected a tensor of shape "
+                f"{tuple(expected)} for {name}, got {got}"
             )
         if scores.is_complex():
-            raise ValueError(f"{who} must return real scores, got {scores.dtype} for {name}")
+            raise ValueError(f"{self._who} must return real scores, got {scores.dtype} for {name}")
         if scores.dtype not in (torch.float32, torch.float64):
             scores = scores.float()
         if scores.sum().isnan() and scores.isnan().any():  # the sum takes no memory
             raise ValueError(
-                f"{who} gave nan for {name}: its weights{self._or_records} hold nan, or the "
+                f"{self._who} gave nan for {name}: its weights{self._or_records} hold nan, or the "
                 f"criterion divides by zero; nothing was changed"
             )
+        if self.by_filter:
+            scores = along(scores, dim, weight.ndim).expand(weight.shape)
         return scores
 
     def reduced_by(self, reduce: str) -> Criterion:
@@ -139,7 +186,8 @@ class Criterion:
             norm: `'mean'` divides by the mean absolute score, `'l2'` by the L2 norm of all scores;
                 `'lamp'` squares them and divides each by the sum of those at least as large,
                 which for `large_final` and single weights is LAMP; see `normalise`. None is as
-                without: units by their mean, unless they are summed, and others as they are.
+                without: units by their mean, unless they are summed, and others as they are;
+                `'none'` leaves units as they are, too.
         """
         return replace(self, norm=norm)
 
@@ -147,18 +195,40 @@ class Criterion:
         """The same criterion, finding what it needs by `records(need, parameter name)`."""
         return replace(self, records=records)
 
-    def _needed(self, need: str, weight: Tensor, name: str) -> Tensor:
-        if self.records is not None:
-            return self.records(need, name)
-        if need == "gradient" and weight.grad is not None:
-            return weight.grad
-        who = f"criterion {self.name or self.func!r}"
+    @property
+    def _who(self) -> str:
+        return f"criterion {self.name or self.func!r}"
+
+    def _needed(self, need: str, weight: Tensor, name: str, given: Mapping[str, Tensor]) -> Tensor:
+        if need in given:
+            return given[need]
+        if self.data is not None and need in self.data:
+            return self.data(need, weight, name, self._who)
+        found = None if self.records is None else self.records(need, name)
+        if found is None and need == "gradient":
+            found = weight.grad
+        if found is None:
+            raise ValueError(f"{self._who} needs {self._where_from(need, name)}")
+        return found
+
+    def _where_from(self, need: str, name: str) -> str:
+        """What is missing, and how to get it."""
         if need == "gradient":
-            raise ValueError(
-                f"{who} needs gradients, and {name} has none: call loss.backward() first"
+            return f"gradients, and {name} has none: call loss.backward() first"
+        if need == "scale":
+            return (
+                f"the scale of a norm behind {name}, which is known of filters alone: take "
+                f"granularity='filter', or remove channels with Pruner"
             )
-        raise ValueError(
-            f"{who} needs the {need} weights, which only Sparsifier and SparsifyCallback keep; "
+        if need in GATHERED:
+            own = self.name or "criterion"
+            return (
+                f"the {GATHERED[need]}, which is gathered on data: pass "
+                f"criteria=score(model, dl, {own}, loss_func=loss_func), or gather it while "
+                f"training, with SparsifyCallback(criteria={own})"
+            )
+        return (
+            f"the {need} weights, which only Sparsifier and SparsifyCallback keep; "
             f"zero filters with them, SparsifyCallback(0.5, 'filter', criteria=...), and then "
             f"remove the zeros with Pruner.prune_model(), or choose a criterion of the weights "
             f"as they are"
@@ -166,9 +236,9 @@ class Criterion:
 
     @property
     def _or_records(self) -> str:
-        return "".join(
-            " or gradients" if need == "gradient" else f" or {need} weights" for need in self.needs
-        )
+        names = {"gradient": "gradients", "initial": "initial weights"}
+        names |= {"previous": "previous weights", "scale": "scales"}
+        return "".join(f" or {names.get(need, GATHERED.get(need))}" for need in self.needs)
 
 
 def as_criterion(criteria: Criterion | Callable[[Tensor], Tensor]) -> Criterion:
@@ -233,6 +303,21 @@ def _taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     return (_wide(weight) * _wide(gradient)).square_()
 
 
+def _sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:
+    return (_wide(weight) * _wide(gradient)).abs_()
+
+
+def _distances(filters: Tensor) -> Tensor:
+    """(filters,) the sum of the L2 distances of each to all."""
+    filters = _wide(filters)
+    filters = filters - filters.mean(0)  # their distances stay, and round less
+    return torch.cdist(filters, filters).sum(1)
+
+
+def _scale(weight: Tensor, scale: Tensor) -> Tensor:
+    return scale.abs()
+
+
 large_final = Criterion(torch.abs, "large_final", elementwise=True)
 squared_final = Criterion(_square, "squared_final", elementwise=True)
 small_final = Criterion(_minus_abs, "small_final", elementwise=True)
@@ -251,3 +336,7 @@ updating_movement = Criterion(_way, "updating_movement", needs="previous")
 updating_movmag = Criterion(_weight_by_way, "updating_movmag", needs="previous")
 
 grad_crit = Criterion(_taylor, "grad_crit", needs="gradient")
+snip = Criterion(_sensitivity, "snip", needs="gradient")
+
+fpgm = Criterion(_distances, "fpgm", by_filter=True)
+norm_scale = Criterion(_scale, "norm_scale", needs="scale")

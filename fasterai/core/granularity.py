@@ -226,6 +226,13 @@ def _letters() -> set[str]:
     return {d for weights in _DIMENSIONS.values() for dims in weights.values() for d in dims}
 
 
+def along(values: Tensor, dim: int, ndim: int) -> Tensor:
+    """A vector as a tensor of `ndim` dimensions that varies along one of them."""
+    shape = [1] * ndim
+    shape[dim] = -1
+    return values.view(shape)
+
+
 def over_groups(values: Tensor, along: tuple[int, ...], how: str) -> Tensor:
     """Reduce `values` to one number per group, kept broadcastable: `how` is 'mean', 'sum', 'any'.
 

@@ -16,6 +16,7 @@ from .selection import Cut, cut_lowest, write_kept
 __all__ = [
     "Limits",
     "apply_masks",
+    "as_context",
     "as_fraction",
     "choose_cuts",
     "lowest",
@@ -35,6 +36,13 @@ def as_fraction(value: object, name: str = "sparsity") -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be a fraction in [0, 1], got {value}")
     return float(value)
+
+
+def as_context(context: str) -> str:
+    """'local' or 'global'."""
+    if context not in ("local", "global"):
+        raise ValueError(f"context must be 'local' or 'global', got {context!r}")
+    return context
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["LayerChoice", "as_choices", "pick", "plain", "unknown_name", "unwrapped"]
+__all__ = [
+    "LayerChoice",
+    "as_choices",
+    "first_names",
+    "modules_by_name",
+    "pick",
+    "plain",
+    "tensors_by_name",
+    "unknown_name",
+    "unwrapped",
+]
 
 LayerChoice = str | type[nn.Module]
 
@@ -47,6 +57,53 @@ def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argumen
     return chosen
 
 
+def _must_be_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        fix = "; pass learn.model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{fix}")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside of `torch.compile`, DataParallel and DistributedDataParallel.
+
+    Raises:
+        TypeError: no module.
+    """
+    _must_be_module(model)
+    inner = model._modules.get("_orig_mod")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = model.module
+    return model if inner is None else unwrapped(inner)
+
+
+def tensors_by_name(network: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, those that are tied under each of their names.
+
+    The names are without what `torch.compile` of a block puts into them.
+    """
+    parameters = network.named_parameters(remove_duplicate=False)
+    buffers = network.named_buffers(remove_duplicate=False)
+    return {plain(name): tensor for name, tensor in [*parameters, *buffers]}
+
+
+def modules_by_name(network: nn.Module) -> dict[str, nn.Module]:
+    """All modules by such names, those that are used twice under each of them."""
+    return {plain(name): m for name, m in network.named_modules(remove_duplicate=False)}
+
+
+def first_names(named: Mapping[str, Any]) -> dict[int, str]:
+    """For each object, by its id, the first of its names."""
+    found: dict[int, str] = {}
+    for name, x in named.items():
+        found.setdefault(id(x), name)
+    return found
+
+
+def plain(name: str) -> str:
+    """A module's name without what `torch.compile` puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def unknown_name(name: str, known: Iterable[str], argument: str) -> str:
     """The message for a layer that does not exist."""
     known = list(dict.fromkeys(n for n in known if n))
@@ -58,33 +115,3 @@ def unknown_name(name: str, known: Iterable[str], argument: str) -> str:
         f"; did you mean {', '.join(map(repr, near))}?" if near else "; see model.named_modules()"
     )
     return f"{argument}: the model has no layer {name!r}{hint}"
-
-
-def plain(name: str) -> str:
-    """A module's name without what `torch.compile` puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def _must_be_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        fix = "; pass learn.model" if isinstance(getattr(model, "model", None), nn.Module) else ""
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{fix}")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside `torch.compile`, `DistributedDataParallel` and `DataParallel`.
-
-    Its parameters are those of the wrapper; its names have no `_orig_mod.` or `module.` in front.
-
-    Raises:
-        TypeError: no module.
-    """
-    _must_be_module(model)
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]
-        else:
-            break
-    return model

@@ -13,13 +13,14 @@ from torch import Tensor
 __all__ = ["NORMS", "normalise"]
 
 
-def normalise(scores: Tensor, norm: str | None, name: str) -> Tensor:
+def normalise(scores: Tensor, norm: str | None, name: str, gone: int = 0) -> Tensor:
     """Scores of a layer's groups, (groups,), on a scale of the layer's own; their order stays.
 
     Args:
         scores: finite; for `'lamp'` at least 0.
-        norm: `'mean'`, `'l2'`, `'lamp'`, or None to leave them.
+        norm: `'mean'`, `'l2'`, `'lamp'`, or `'none'` or None to leave them.
         name: of the layer, for errors.
+        gone: groups that were removed, and count as if they scored 0.
 
     Raises:
         ValueError: scores that cannot be normalised.
@@ -36,6 +37,8 @@ def normalise(scores: Tensor, norm: str | None, name: str) -> Tensor:
         raise ValueError(
             f"the scores of {name} cannot be normalised by {norm!r}: they must be finite"
         )
+    if norm == "mean" and gone:
+        return found * ((len(scores) + gone) / max(1, len(scores)))
     return found
 
 
@@ -67,4 +70,8 @@ def _divided(scores: Tensor, by: Tensor) -> Tensor:
     return scores / torch.where(by > 0, by, 1.0)
 
 
-NORMS = {"mean": _by_mean, "l2": _by_l2, "lamp": _lamp}
+def _as_they_are(scores: Tensor) -> Tensor:
+    return scores
+
+
+NORMS = {"mean": _by_mean, "l2": _by_l2, "lamp": _lamp, "none": _as_they_are}

@@ -6,16 +6,26 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Inputs", "map_tensors", "operands_in", "plainly", "run_quietly", "tensors_in"]
+__all__ = [
+    "Inputs",
+    "map_tensors",
+    "operands_in",
+    "plainly",
+    "random_state_kept",
+    "run_quietly",
+    "tensors_in",
+]
 
 
 @dataclass(frozen=True)
@@ -228,6 +238,19 @@ def _plain(x: Any) -> Any:
 
 
 @contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever numbers are drawn while this lasts, others draw as if they had not been."""
+    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(list(gpus)):
+            yield
+    finally:
+        random.setstate(numbers[0])
+        np.random.set_state(numbers[1])
+
+
+@contextmanager
 def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Run `model` in eval (or train) mode and leave no trace of it.
 
@@ -239,23 +262,21 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
     modes = [(m, m.training) for m in modules]
     buffers = [(m, dict(m._buffers)) for m in modules]
     copies = {id(b): b.clone() for _, own in buffers for b in own.values() if b is not None}
-    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    numbers = random.getstate(), np.random.get_state()
     try:
         for module, own in buffers:  # it runs on copies: a graph that is alive keeps its buffers
             module._buffers.update({k: copies[id(b)] for k, b in own.items() if b is not None})
         with (
-            torch.random.fork_rng(list(gpus)),
+            random_state_kept(model),
             torch.no_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
         ):
             for module, _ in modes:  # not model.train(), which some override to merge weights
                 module.training = training
+                if isinstance(module, nn.SyncBatchNorm):  # other processes may not run now
+                    module.forward = partial(_BatchNorm.forward, module)
             yield
     finally:
-        random.setstate(numbers[0])
-        np.random.set_state(numbers[1])
         for module, before in attributes:  # a hidden state, a cache
             now = module.__dict__
             if len(now) != len(before) or any(now.get(k) is not v for k, v in before.items()):

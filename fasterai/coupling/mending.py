@@ -7,13 +7,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from .analysis import Analysis
 from .labels import PRODUCE, Dim
 
-__all__ = ["Mend", "layer_integers", "mends", "shared_sizes"]
+__all__ = [
+    "Mend",
+    "Size",
+    "agrees",
+    "around",
+    "integers_in",
+    "layer_integers",
+    "mends",
+    "shared_sizes",
+    "sizes_in",
+]
 
+Size = int | tuple[int, ...]
 Mend = tuple[nn.Module, str, Any]  # a module, an attribute of it, its new value
 
 # Modules around a layer, like attention, remember widths in attributes with such names.
@@ -44,13 +55,13 @@ def mends(
     for dim, index in kept.items():
         old = analysis.sizes[dim]
         if analysis.roles.get(dim) == PRODUCE and old != len(index):
-            for name in _around(dim.parameter):
+            for name in around(dim.parameter):
                 rows.setdefault(name, {}).setdefault(old, set()).add(len(index))
     for grid, makers in zip(analysis.grids, analysis.makers, strict=True):
         changes = _shrunk(grid, gone)
         if not changes:
             continue
-        for name in {m for p in makers for m in _around(p)}:
+        for name in {m for p in makers for m in around(p)}:
             for d, (old, new) in changes.items():
                 if d < grid.ndim - 1:
                     numbers.setdefault(name, {}).setdefault(old, set()).add(new)
@@ -58,7 +69,7 @@ def mends(
                 sizes.setdefault(name, {}).setdefault(old, set()).add(new)
     found = []
     for name in rows.keys() | sizes.keys() | numbers.keys():
-        for attribute, value, number in _integers(modules[name]):
+        for attribute, value, number in integers_in(modules[name]):
             widths = {**rows.get(name, {}), **sizes.get(name, {})}
             new = _renewed(value, numbers.get(name, {}) if number else widths)
             if new != value:
@@ -75,20 +86,29 @@ def shared_sizes(model: nn.Module, analysis: Analysis) -> list[tuple[int, int]]:
         if (grid < 0).any():
             continue
         c = int(grid.flat[0])
-        for name in {m for p in makers for m in _around(p)}:
-            for attribute, value, number in _integers(modules[name]):
+        for name in {m for p in makers for m in around(p)}:
+            for attribute, value, number in integers_in(modules[name]):
                 if not number and value == grid.shape[-1]:
                     pairs.append((first.setdefault((name, attribute), c), c))
     return pairs
 
 
-def _around(parameter: str) -> list[str]:
-    """The module of a parameter and those around it."""
+def sizes_in(module: nn.Module) -> dict[str, Size]:
+    """The integers of a module that follow a cut, and no other of its attributes."""
+    found = {name: value for name, value, _ in integers_in(module)}
+    own = vars(module)
+    if isinstance(module, tuple(_LAYERS)):
+        found |= {name: own[name] for name in _BY_OTHER_NAMES if name in own}
+    return {n: tuple(v) if isinstance(v, list | tuple) else v for n, v in found.items()}
+
+
+def around(parameter: str) -> list[str]:
+    """The module of a parameter and those around it that may remember its widths."""
     parts = parameter.split(".")[:-1]
     return [".".join(parts[: len(parts) - k]) for k in range(min(_AROUND, len(parts)) + 1)]
 
 
-def _integers(module: nn.Module) -> Iterator[tuple[str, Any, bool]]:
+def integers_in(module: nn.Module) -> Iterator[tuple[str, Any, bool]]:
     """Attributes that may hold a width, or (True) a number of heads."""
     for name, value in vars(module).items():
         plain = isinstance(value, int) and not isinstance(value, bool)
@@ -147,6 +167,16 @@ def layer_integers(module: nn.Module) -> dict[str, Any]:
     return known(module) if known else {}
 
 
+def agrees(module: nn.Module) -> bool:
+    """Whether a layer's tensors and integers fit together; True for what is no layer."""
+    sizes, own = layer_integers(module), vars(module)
+    out = next((sizes[name] for name in _OUT if name in sizes), None)
+    vectors = (getattr(module, name, None) for name in _VECTORS if out is not None)
+    return all(own.get(name, value) == value for name, value in sizes.items()) and all(
+        len(x) == out for x in vectors if isinstance(x, Tensor) and x.ndim == 1
+    )
+
+
 def _conv(conv: Any) -> dict[str, int]:
     """`groups` follows the channels where a group reads or makes one; else it stays."""
     rows, columns = conv.weight.shape[:2]
@@ -195,6 +225,10 @@ def _recurrent(rnn: nn.RNNBase) -> dict[str, int]:
         return {}
     return {"input_size": reads.shape[1], "hidden_size": hidden.shape[1]}
 
+
+_BY_OTHER_NAMES = ("groups", "num_groups", "normalized_shape", "num_parameters")
+_OUT = ("out_channels", "out_features", "num_features", "num_channels")
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 _LAYERS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     nn.modules.conv._ConvNd: _conv,

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from .labels import Dim
 
-__all__ = ["NarrowGroupNorm", "NarrowLayerNorm", "narrowed"]
+__all__ = [
+    "NarrowGroupNorm",
+    "NarrowLayerNorm",
+    "as_values",
+    "by_root_mean_square",
+    "from_values",
+    "narrowed",
+    "remembered",
+]
 
 
 class NarrowLayerNorm(nn.LayerNorm):
@@ -107,15 +115,77 @@ def narrowed(
             if not isinstance(module, NarrowGroupNorm):
                 width = before // module.num_groups
                 attributes[module] = {"__class__": NarrowGroupNorm, "width": width}
-        elif eps is not None and _by_root_mean_square(module):
+        elif eps is not None and by_root_mean_square(module):
             value = getattr(module, eps)
             value = torch.finfo(module.weight.dtype).eps if value is None else value
-            attributes[module] = {eps: value * before / after}
+            attributes[module] = {eps: float(value) * before / after}
             scales[dim] = torch.full((before,), math.sqrt(before / after), dtype=torch.float64)
     return attributes, scales
 
 
-def _by_root_mean_square(module: nn.Module) -> bool:
+_KINDS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "NarrowLayerNorm": (NarrowLayerNorm, ("width", "channel_dim")),
+    "NarrowGroupNorm": (NarrowGroupNorm, ("width",)),
+}
+
+
+def as_values(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes as `narrowed` sets them, the class by its name."""
+    return {
+        "class" if name == "__class__" else name: value.__name__ if name == "__class__" else value
+        for name, value in attributes.items()
+    }
+
+
+def remembered(module: nn.Module) -> dict[str, Any] | None:
+    """What a norm that remembers its width has got; None for other modules."""
+    kind, names = _KINDS.get(type(module).__name__, (None, ()))
+    if kind is not type(module):
+        return None
+    return {"class": kind.__name__, **{name: getattr(module, name) for name in names}}
+
+
+def from_values(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes to set so that a norm remembers its width; see `as_values`.
+
+    Raises:
+        ValueError: the module is no such norm, or the values are none that `narrowed` sets.
+    """
+    if "class" not in values:
+        return _eps_from(module, values)
+    kind, names = _KINDS.get(values["class"], (None, ()))
+    if kind is None or set(values) != {"class", *names}:
+        raise ValueError(f"one of {', '.join(_KINDS)} was expected, got {dict(values)}")
+    size, width = _group_width(module, kind.__bases__[0]), values["width"]
+    if type(width) is not int or not 0 < width <= size:
+        raise ValueError(f"its width must lie in 1 to {size}, got {width!r}")
+    if values.get("channel_dim", -1) not in (-1, 1):
+        raise ValueError(f"its channels are along -1 or 1, got {values['channel_dim']!r}")
+    return {"__class__": kind, **{name: values[name] for name in names}}
+
+
+def _group_width(norm: nn.Module, kind: type[nn.Module]) -> int:
+    """How many channels a layer or group norm normalises together."""
+    if isinstance(norm, kind) and norm.weight is not None:
+        if isinstance(norm, nn.GroupNorm):
+            return norm.num_channels // norm.num_groups
+        if len(norm.normalized_shape) == 1:
+            return norm.normalized_shape[0]
+    raise ValueError(f"a {kind.__name__} of channels was expected, it is a {type(norm).__name__}")
+
+
+def _eps_from(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
+    eps = next((e for e in ("eps", "variance_epsilon") if hasattr(module, e)), None)
+    if eps is None or not by_root_mean_square(module) or set(values) != {eps}:
+        raise ValueError(f"an RMS norm with {next(iter(values), 'eps')!r} was expected")
+    value = values[eps]
+    if type(value) is not float or not 0 < value < math.inf:
+        raise ValueError(f"its {eps} must be a positive number, got {value!r}")
+    return {eps: value}
+
+
+def by_root_mean_square(module: nn.Module) -> bool:
+    """Whether a module is an RMS norm, of whichever library."""
     return "rms" in type(module).__name__.lower() or hasattr(module, "variance_epsilon")
 
 

@@ -15,7 +15,7 @@ from .labels import CONSUME, PRODUCE, SHIFT, Dim, Factor
 from .mending import mends
 from .norms import narrowed
 from .replay import replay
-from .surgery import Cut, shadowed
+from .surgery import Cut, Step, positions_by_name, selected, shadowed
 from .units import Axis, Coupling, Slot
 
 __all__ = [
@@ -73,8 +73,8 @@ def cutting(
         axes: its axes.
         remove: the units.
         exact: they are zero: norms remember their width.
-        scales: see `Cut`.
-        added: see `Cut`.
+        scales: factors along dimensions, one for each position before the cut.
+        added: parameter or buffer name -> what is added to it, in its size before the cut.
     """
     kept = positions_kept(coupling, axes, remove)
     integers = mends(model, coupling.analysis, gone(coupling, axes, remove), kept)
@@ -82,7 +82,28 @@ def cutting(
     if exact:
         attributes, more = narrowed(model, kept, coupling.analysis.sizes)
         scales = {**more, **scales}
-    return Cut(kept, integers, scales, added, attributes)
+    return Cut(kept, integers, _steps(model, kept, scales, added), attributes)
+
+
+def _steps(
+    model: nn.Module,
+    kept: Mapping[Dim, Tensor],
+    scales: Mapping[Dim, Tensor],
+    added: Mapping[str, Tensor],
+) -> dict[str, list[Step]]:
+    """What is added first, then the factors; of all of it what the cut leaves."""
+    if not scales and not added:
+        return {}
+    cuts = positions_by_name(kept)
+    ndims = {name: x.ndim for name, x in [*model.named_parameters(), *model.named_buffers()]}
+    steps: dict[str, list[Step]] = {}
+    for name, value in added.items():
+        steps.setdefault(name, []).append(Step(selected(value, cuts.get(name, {})), False))
+    for dim, scale in scales.items():
+        left = scale[kept[dim]] if dim in kept else scale
+        shape = [-1, *[1] * (ndims[dim.parameter] - dim.dim - 1)]
+        steps.setdefault(dim.parameter, []).append(Step(left.view(shape), True))
+    return steps
 
 
 def wiring(
@@ -155,7 +176,9 @@ def broken(error: Exception) -> str:
 
 def left_alone(coupling: Coupling, kept: Mapping[Dim, Tensor]) -> list[int]:
     """Classes that are left alone along a dimension: a single channel, or head, is no label."""
-    left = (coupling.analysis.own(dim)[index.numpy()] for dim, index in kept.items())
+    own, sizes = coupling.analysis.own, coupling.analysis.sizes
+    left = [own(dim)[index.numpy()] for dim, index in kept.items()]
+    left += [own(dim) for dim, size in sizes.items() if size == 1 and dim not in kept]
     return [int(classes[0]) for classes in left if len(classes) and (classes == classes[0]).all()]
 
 

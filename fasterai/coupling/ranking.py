@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..core.criteria import Criterion
-from ..core.granularity import over_groups
+from ..core.granularity import along, over_groups
 from ..core.normalise import normalise
-from .labels import PRODUCE
-from .units import Axis
+from .labels import PRODUCE, SCALE
+from .units import Axis, Slot
 
-__all__ = ["ranked_bundles", "unit_scores", "zeroed_units"]
+__all__ = ["ranked_bundles", "require_scales", "unit_scores", "zeroed_units"]
 
 
 def unit_scores(
-    tensors: Mapping[str, Tensor], axis: Axis, criterion: Criterion, *, relative: bool = False
+    tensors: Mapping[str, Tensor],
+    axis: Axis,
+    criterion: Criterion,
+    *,
+    relative: bool = False,
+    gone: int = 0,
 ) -> Tensor:
     """(F,) scores of an axis' free units: the mean (or sum) over the elements of their rows.
 
@@ -27,11 +32,16 @@ def unit_scores(
         criterion: scores of single elements, and how they are reduced.
         relative: normalise within the axis, to compare units of different axes: as the
             criterion says, else by the mean, but not where its scores are added up.
+        gone: units of this axis that were removed before, which count as zero then.
     """
     total = size = None
+    require_scales(tensors, [axis], criterion)
+    scales = _scales(tensors, axis).nan_to_num(0) if "scale" in criterion.wants else None
     for slot in axis.having(PRODUCE):
         weight = tensors[slot.parameter]
-        rows = over_groups(criterion(weight, slot.parameter), (slot.dim,), "sum").flatten()
+        given = {} if scales is None else {"scale": _in_rows(scales, slot, weight)}
+        scored = criterion(weight, slot.parameter, slot.dim, given)
+        rows = over_groups(scored, (slot.dim,), "sum").flatten()
         unit, index = slot.unit.to(weight.device), slot.index.to(weight.device)
         if total is None:
             total = torch.zeros(axis.size, dtype=rows.dtype, device=rows.device)
@@ -43,7 +53,43 @@ def unit_scores(
     summed = criterion.reduce == "sum"
     scores = (total if summed else total / size)[free]
     norm = criterion.norm or (None if summed else "mean")
-    return normalise(scores, norm if relative else None, axis.name)
+    return normalise(scores, norm if relative else None, axis.name, gone)
+
+
+def require_scales(
+    tensors: Mapping[str, Tensor], axes: Iterable[Axis], criterion: Criterion
+) -> None:
+    """Raise a ValueError where a criterion needs scales, and no norm scales some free units."""
+    if "scale" not in criterion.wants:
+        return
+    bare = [axis for axis in axes if _scales(tensors, axis)[axis.free].isnan().any()]
+    if bare:
+        layers = ", ".join(repr(name) for axis in bare for name in axis.producers)
+        raise ValueError(
+            f"criterion {criterion.name!r} needs a norm behind each layer, and none scales all "
+            f"filters of {bare[0].name!r}: leave such layers out, as in exclude=[{layers}], or "
+            f"take another criterion"
+        )
+
+
+def _scales(tensors: Mapping[str, Tensor], axis: Axis) -> Tensor:
+    """(size,) the mean magnitude of the scales of each unit's norms; nan where there is none."""
+    found = torch.zeros(2, axis.size)  # their sum and number
+    for slot in axis.having(SCALE):
+        if slot.parameter in tensors:
+            scale = tensors[slot.parameter].detach().abs()
+            scale = over_groups(scale, (slot.dim,), "mean").flatten()
+            own = scale[slot.index.to(scale.device)]
+            found = found.to(own)
+            found.index_add_(1, slot.unit.to(own.device), torch.stack([own, torch.ones_like(own)]))
+    return found[0] / found[1]
+
+
+def _in_rows(values: Tensor, slot: Slot, weight: Tensor) -> Tensor:
+    """A value for each unit as one for each weight of its rows, of the weight's shape."""
+    rows = values.new_zeros(weight.shape[slot.dim])
+    rows[slot.index.to(values.device)] = values[slot.unit.to(values.device)]
+    return along(rows, slot.dim, weight.ndim).expand(weight.shape)
 
 
 def ranked_bundles(
@@ -52,6 +98,7 @@ def ranked_bundles(
     criterion: Criterion,
     *,
     relative: bool = False,
+    gone: int = 0,
     first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The bundles of an axis: the k-th weakest free unit of each of its blocks.
@@ -61,12 +108,13 @@ def ranked_bundles(
         axis: the axis to rank.
         criterion: see `unit_scores`.
         relative: see `unit_scores`.
+        gone: see `unit_scores`.
         first: (size,) bool, units that go before all others.
 
     Returns:
         (bundles,) scores, the mean over a bundle's units, and (bundles, blocks) units.
     """
-    scores = unit_scores(tensors, axis, criterion, relative=relative)
+    scores = unit_scores(tensors, axis, criterion, relative=relative, gone=gone)
     if axis.blocks == 1:
         return scores, axis.free[:, None]
     own = scores.detach().cpu()

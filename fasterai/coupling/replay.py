@@ -42,7 +42,7 @@ def replay(
     Raises:
         RuntimeError: two channels meet that did not belong together, or one meets a fixed width.
     """
-    labels = coupling.labels(model, kept)
+    labels = coupling.labels(kept)
     free = np.append(~coupling.pinned, False)  # FIXED, the last one, is not free
     free[list(alone)] = False
     changed: list[Factor] = []

@@ -27,6 +27,7 @@ def run_labels(
     *,
     training: bool = False,
     shapes: bool = True,
+    beside: Callable[[Tracer], AbstractContextManager[Any]] | None = None,
 ) -> Run:
     """Run `model` on `inputs` with these labels; returns what was said.
 
@@ -37,9 +38,10 @@ def run_labels(
         training: run in train mode.
         shapes: run on shapes alone, which is enough unless a network looks at its own numbers
             (to count boxes, say).
+        beside: makes a context for the run that looks on: the tracer knows the labels of tensors.
     """
     engine = Shapes(inputs.tensors[0].device) if shapes else numbers
-    return _run(model, inputs, labels, engine, training)[0]
+    return _run(model, inputs, labels, engine, training, looking=beside)[0]
 
 
 def run_shapes(model: nn.Module, inputs: Inputs, within: AbstractContextManager[Any]) -> None:
@@ -86,13 +88,16 @@ def _run(
     watch: bool = False,
     origins: bool = False,
     within: AbstractContextManager[Any] | None = None,
+    looking: Callable[[Tracer], AbstractContextManager[Any]] | None = None,
 ) -> tuple[Run, Any]:
     with run_quietly(model, training), plainly(), _recurrence_shown(model), _uncollected():
         shapes = isinstance(engine, Shapes)
         beside = Beside if shapes else WeakTensorKeyDictionary
         noted = {"watch": watch, "origins": origins, "beside": beside}
         tracer = Tracer(model, labels, rule, engine, **noted)
-        with tracer, Literals(engine.device) if shapes else nullcontext(), within or nullcontext():
+        look = nullcontext() if looking is None else looking(tracer)
+        literals = Literals(engine.device) if shapes else nullcontext()
+        with look, tracer, literals, within or nullcontext():
             out = inputs(model)
     for x in tensors_in(out):
         tracer.pin(tracer.of(x), "network output")

@@ -5,15 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .labels import Dim
-from .mending import Mend, layer_integers
+from .mending import Mend, agrees, layer_integers
 
-__all__ = ["Cut", "cut", "shadowed"]
+__all__ = ["Cut", "Step", "cut", "positions_by_name", "selected", "shadowed", "smaller"]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Arithmetic on what is left of a tensor.
+
+    Args:
+        value: float64, of a shape that broadcasts to that of the cut tensor.
+        factor: the tensor is multiplied with it; else it is added.
+    """
+
+    value: Tensor
+    factor: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,19 +37,21 @@ class Cut:
     Args:
         kept: for each dimension to cut, the sorted positions that stay.
         integers: attributes to change, of modules around the layers.
-        scales: factors along dimensions, one for each position before the cut.
-        added: parameter or buffer name -> what is added to it before the cut.
+        steps: parameter or buffer name -> what to do, one after the other, to what is left of it.
         attributes: further attributes to set, a module's class among them; see `norms`.
     """
 
     kept: Mapping[Dim, Tensor]
     integers: Sequence[Mend] = ()
-    scales: Mapping[Dim, Tensor] = field(default_factory=dict)
-    added: Mapping[str, Tensor] = field(default_factory=dict)
+    steps: Mapping[str, Sequence[Step]] = field(default_factory=dict)
     attributes: Mapping[nn.Module, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def cut(model: nn.Module, plan: Cut) -> Callable[[], None]:
+def cut(
+    model: nn.Module,
+    plan: Cut,
+    data: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Callable[[], None]:
     """Carry out a cut; returns a function that undoes it.
 
     Parameters and buffers stay the same objects: their data is swapped under `no_grad`, so that
@@ -45,13 +61,22 @@ def cut(model: nn.Module, plan: Cut) -> Callable[[], None]:
     Args:
         model: the network, changed in place.
         plan: what stays.
+        data: what to put in the place of parameters and buffers, instead of cutting them.
+
+    Raises:
+        ValueError: the tensors of a layer would no longer fit together, as they did before; the
+            model is as it was.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    scratch: _Scratch = {}
-    smaller = {
-        name: _smaller(tensors[name], plan.added.get(name), *how, scratch)
-        for name, how in _by_parameter(plan).items()
-    }
+    kept, scratch = positions_by_name(plan.kept), {}
+    left = dict(data)
+    for name in dict.fromkeys((*kept, *plan.steps)):
+        if name not in data:
+            how = kept.get(name, {}), plan.steps.get(name, ())
+            left[name] = smaller(tensors[name], *how, scratch)
+    changed = {id(tensors[n]) for n, x in left.items() if x.shape != tensors[n].shape}
+    concerned = dict.fromkeys((*_owners(model, changed), *plan.attributes))
+    whole = [m for m in concerned if agrees(m)]
     undo: list[Callable[[], None]] = []
 
     def put_back() -> None:
@@ -59,9 +84,10 @@ def cut(model: nn.Module, plan: Cut) -> Callable[[], None]:
             step()
 
     try:
-        for name, data in smaller.items():
+        for name, data in left.items():
             undo.append(_swap(tensors[name], data))
-        _mend(model, {id(tensors[name]) for name in smaller}, plan, undo)
+        _mend(model, changed, plan, undo)
+        _must_agree(model, whole)
     except BaseException:  # an interrupt, too, must not leave half a cut
         put_back()
         raise
@@ -79,12 +105,13 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     shadows: dict[int, Tensor] = {}
-    scratch: _Scratch = {}
-    for name, (cuts, scales) in _by_parameter(plan).items():
+    kept, scratch = positions_by_name(plan.kept), {}
+    for name in dict.fromkeys((*kept, *plan.steps)):
+        cuts = kept.get(name, {})
         if shapes:
             data = _outline(tensors[name], cuts)
         else:
-            data = _smaller(tensors[name], plan.added.get(name), cuts, scales, scratch)
+            data = smaller(tensors[name], cuts, plan.steps.get(name, ()), scratch)
         is_parameter = isinstance(tensors[name], nn.Parameter)
         shadows[id(tensors[name])] = nn.Parameter(data, False) if is_parameter else data
     undo: list[Callable[[], None]] = []
@@ -105,13 +132,11 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
 _ByDim = dict[int, Tensor]
 
 
-def _by_parameter(plan: Cut) -> dict[str, tuple[_ByDim, _ByDim]]:
-    found: dict[str, tuple[_ByDim, _ByDim]] = {}
-    for place, given in enumerate((plan.kept, plan.scales)):
-        for dim, value in given.items():
-            found.setdefault(dim.parameter, ({}, {}))[place][dim.dim] = value
-    for name in plan.added:
-        found.setdefault(name, ({}, {}))
+def positions_by_name(kept: Mapping[Dim, Tensor]) -> dict[str, _ByDim]:
+    """The positions that stay, by parameter or buffer and dimension."""
+    found: dict[str, _ByDim] = {}
+    for dim, index in kept.items():
+        found.setdefault(dim.parameter, {})[dim.dim] = index
     return found
 
 
@@ -123,22 +148,34 @@ def _outline(tensor: Tensor, cuts: _ByDim) -> Tensor:
 _Scratch = dict[tuple[torch.dtype, torch.device], Tensor]
 
 
-def _smaller(
-    tensor: Tensor, added: Tensor | None, cuts: _ByDim, scales: _ByDim, scratch: _Scratch
-) -> Tensor:
-    data = tensor.detach()
-    if added is not None:
-        data = (data + added).to(data.dtype)
-    whole = data
+def selected(tensor: Tensor, cuts: Mapping[int, Tensor], scratch: _Scratch | None = None) -> Tensor:
+    """What is left of a tensor where these positions of its dimensions stay.
+
+    Args:
+        tensor: without a gradient.
+        cuts: the positions, by dimension.
+        scratch: memory to use again for what is only picked from again.
+    """
+    data = tensor
     for dim, index in cuts.items():
         room = None
-        if data is whole and len(cuts) > 1:  # picked from again: spare the new memory
+        if scratch is not None and data is tensor and len(cuts) > 1:
             room = scratch.setdefault((data.dtype, data.device), data.new_empty(0)).resize_(0)
         data = torch.index_select(data, dim, index.to(data.device), out=room)
-    for dim, scale in scales.items():
-        scale = scale[cuts[dim]] if dim in cuts else scale
-        shape = [-1 if d == dim else 1 for d in range(data.ndim)]
-        data = (data * scale.to(data.device).view(shape)).to(data.dtype)
+    return data
+
+
+def smaller(
+    tensor: Tensor,
+    cuts: Mapping[int, Tensor],
+    steps: Sequence[Step],
+    scratch: _Scratch | None = None,
+) -> Tensor:
+    """What is left of a tensor once it is cut: a new one, in the same memory format."""
+    data = selected(tensor.detach(), cuts, scratch)
+    for step in steps:
+        value = step.value.to(data.device)
+        data = (data * value if step.factor else data + value).to(data.dtype)
     last = torch.channels_last
     if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
         return data.contiguous(memory_format=last)
@@ -183,6 +220,13 @@ def _mend(model: nn.Module, cut: set[int], plan: Cut, undo: list[Callable[[], No
     for module, attributes in plan.attributes.items():
         for attribute, value in attributes.items():
             undo.append(_set(module, attribute, value))
+
+
+def _must_agree(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    torn = {id(m) for m in layers if not agrees(m)}
+    if torn:
+        names = [name for name, m in model.named_modules() if id(m) in torn]
+        raise ValueError(f"the tensors of {', '.join(names[:3])} would no longer fit together")
 
 
 def _set(module: nn.Module, attribute: str, value: Any) -> Callable[[], None]:

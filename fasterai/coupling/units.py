@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from .analysis import Analysis
 from .blocks import Blocks
-from .labels import FOLLOW, NORMALISED, PRODUCE, Dim, dims_of
+from .labels import FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Dim
 
-__all__ = ["Axis", "Coupling", "Slot", "units_of"]
+__all__ = ["FROZEN", "Axis", "Coupling", "Slot", "units_of"]
+
+FROZEN = "frozen (requires_grad is False)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +125,15 @@ class Axis:
         pins = (pin or (reason if u in which else None) for u, pin in enumerate(self.pins))
         return replace(self, pins=tuple(pins))
 
+    def trained(self, parameters: Mapping[str, Tensor]) -> Axis:
+        """The same axis with the units pinned that a frozen parameter makes, scales or shifts."""
+        axis = self
+        for slot in self.having(PRODUCE, SCALE, SHIFT):
+            p = parameters.get(slot.parameter)
+            if p is not None and not p.requires_grad:
+                axis = axis.pinned(FROZEN, slot.unit.tolist())
+        return axis
+
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
@@ -150,14 +161,11 @@ class Coupling:
         pinned[list(self.reasons)] = True
         return pinned
 
-    def labels(self, model: nn.Module, kept: Mapping[Dim, Tensor]) -> dict[Dim, Tensor]:
-        """The classes of the positions that a cut left; `kept` for the dimensions it cut.
-
-        A dimension of which one position is left is among them, as `dims_of` leaves it out.
-        """
+    def labels(self, kept: Mapping[Dim, Tensor]) -> dict[Dim, Tensor]:
+        """The classes of the positions that a cut left; `kept` for the dimensions it cut."""
         known, first = torch.from_numpy(self.analysis.classes), self.analysis.first
-        sizes = {dim: torch.arange(tensor.shape[dim.dim]) for dim, tensor in dims_of(model).items()}
-        return {dim: known[first[dim] + index] for dim, index in {**sizes, **kept}.items()}
+        whole = {dim: torch.arange(size) for dim, size in self.analysis.sizes.items()}
+        return {dim: known[first[dim] + index] for dim, index in {**whole, **kept}.items()}
 
 
 def units_of(model: nn.Module, analysis: Analysis, blocks: Blocks) -> Coupling:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastai.callback.core import Callback
@@ -15,8 +15,11 @@ from fastai.torch_core import join_path_file
 from torch import Tensor
 
 from ..core.criteria import Criterion, NothingToCompare, as_criterion
+from ..core.processes import Processes, is_first
 from ..core.schedule import Chain, Schedule, as_schedule, falls
 from ..measure.pictures import plot_steps
+from ..score.gradients import OF_GRADIENTS
+from .gathering import Gathering
 from .saved import unlike_tensors
 from .stand_in import StandIn
 
@@ -38,6 +41,7 @@ class FitCallback(Callback):
     _learn: Learner | None = None
     _training = _silent = _hold_twice = False
     _stand_ins: tuple[StandIn, ...] = ()
+    _processes = Processes()
 
     # --- for subclasses ------------------------------------------------------------------------
 
@@ -49,6 +53,11 @@ class FitCallback(Callback):
 
     def finish(self) -> None:
         """Let go of what only the fit needed."""
+
+    def warn(self, message: str) -> None:
+        """Warn, in the first of several processes."""
+        if is_first():
+            warnings.warn(message, stacklevel=3)
 
     # --- events --------------------------------------------------------------------------------
 
@@ -76,6 +85,7 @@ class FitCallback(Callback):
     def before_batch(self) -> None:
         """Start with the first training batch."""
         if self.training and not self._training and not self._silent:
+            self._processes = Processes(self.learn.model)
             self._start()
 
     def before_step(self) -> None:
@@ -92,6 +102,7 @@ class FitCallback(Callback):
         """Let go of what only the fit needed."""
         self._step_aside()
         self._training = self._silent = False
+        self._processes = Processes()
         self.finish()
 
     # --- inside --------------------------------------------------------------------------------
@@ -153,7 +164,7 @@ class ScheduledCallback(FitCallback):
     Args:
         criteria: scores of weights. Where it reads gradients, updates come in `before_step`, when
             they are complete; else between batches. An update at which there is nothing to
-            compare yet, or no gradient, waits for the next step.
+            compare yet, or no gradient, waits for the next step. See `gather` for data.
         schedule: share of the way by progress.
         hold_trackers: fastai's trackers (`SaveModelCallback`, `EarlyStoppingCallback`,
             `ReduceLROnPlateau` and others of their kind) do not judge epochs before the target is
@@ -177,6 +188,7 @@ class ScheduledCallback(FitCallback):
         self.criteria = as_criterion(criteria)
         self.schedule = as_schedule(schedule)
         self.hold_trackers = hold_trackers
+        self._gathering = Gathering(self.criteria)
         self.history: list[tuple[int, float]] = []
 
     # --- for subclasses ------------------------------------------------------------------------
@@ -196,6 +208,24 @@ class ScheduledCallback(FitCallback):
     def arrived(self) -> bool:
         """Whether the network already is where the way leads."""
         return False
+
+    def gather(self, names: Iterable[str] | None = None) -> Criterion:
+        """Gather from now on what the criterion needs of data; called by `begin`.
+
+        Of gradients that is their mean since the last update; activations are seen in eval mode,
+        on the training batch of the update.
+
+        Args:
+            names: the weights that will be scored; default all.
+
+        Returns:
+            The criterion to try, with ones in place of what will be gathered.
+        """
+        return self._gathering.start(self.learn.model, self.xb, names)
+
+    def scored(self) -> Criterion:
+        """The criterion with what was gathered, for `go`."""
+        return self._gathering.scored(self.learn.model, self.xb, self.yb, self.learn.loss_func)
 
     @property
     def finished(self) -> int:
@@ -221,6 +251,7 @@ class ScheduledCallback(FitCallback):
     def before_step(self) -> None:
         """Update where the criterion reads gradients: they are complete, and not yet zeroed."""
         if self._training and self._reads_gradients:
+            self._gathering.step()
             self._update(self.finished + 1)
         super().before_step()
 
@@ -232,7 +263,7 @@ class ScheduledCallback(FitCallback):
         if last or not self._reads_gradients:  # accumulated gradients may end without a step
             self._update(self.finished + 1)
         if last and self._waiting:
-            warnings.warn(f"the target was not reached: {self._waiting}", stacklevel=2)
+            self.warn(f"the target was not reached: {self._waiting}")
 
     def after_validate(self) -> None:
         """Fill the columns."""
@@ -249,8 +280,9 @@ class ScheduledCallback(FitCallback):
         """Keep a best model that is none from being loaded, and let go."""
         useless = self._useless_files() if self._training else {}
         super().after_fit()
+        self._gathering.finish()
         for saver, why in useless.items():
-            warnings.warn(f"{saver} loads nothing: {why}", stacklevel=2)
+            self.warn(f"{saver} loads nothing: {why}")
         for saver in useless:
             self._instead_of(saver, "after_fit", _nothing)
 
@@ -258,13 +290,19 @@ class ScheduledCallback(FitCallback):
 
     @property
     def _reads_gradients(self) -> bool:
-        return "gradient" in self.criteria.needs
+        return any(need in OF_GRADIENTS for need in self.criteria.wants)
 
     def _start(self) -> None:
+        self._processes.must_agree(
+            (self.n_epoch, self.n_iter),
+            "all processes must train as many (epochs, batches an epoch), else they wait for each "
+            "other forever; inside of learn.distrib_ctx() fastai deals the data out evenly",
+        )
         self._total = self.n_epoch * self.n_iter
         self._updates = self.schedule.updates(self._total, self.n_iter)
         self._warn_of_span()
         self.history, self._waiting = [], ""
+        self._gathering = Gathering(self.criteria)
         self._begun = due = _due_before(self._updates, self.finished)
         self._done, self._share = max(0, len(due) - 1), due[-1] if due else 0.0
         super()._start()
@@ -285,8 +323,11 @@ class ScheduledCallback(FitCallback):
     def _useless_files(self) -> dict[SaveModelCallback, str]:
         """What would load something else at the end of the fit than the best at the target."""
         savers = [cb for cb in self._trackers() if isinstance(cb, SaveModelCallback)]
-        reasons = {cb: self._why_useless(cb) for cb in savers if not cb.at_end}
-        return {cb: why for cb, why in reasons.items() if why}
+        savers = [cb for cb in savers if not cb.at_end]
+        if not savers:
+            return {}
+        reasons = self._processes.decided(lambda: [self._why_useless(cb) for cb in savers])
+        return {cb: why for cb, why in zip(savers, reasons, strict=True) if why}
 
     def _why_useless(self, saver: SaveModelCallback) -> str:
         if self._ahead:
@@ -323,28 +364,26 @@ class ScheduledCallback(FitCallback):
             self._done, self._share = was
             self._waiting = str(error)
             return
+        self._gathering.renew(self.learn.model, self.xb)
         self.history.append((finished, self.reached()))
 
     def _warn_of_span(self) -> None:
         first, last = self._updates[0][0], self._updates[-1][0]
         if first > self._total or (first == self._total and len(self._updates) > 1):
-            warnings.warn(
+            self.warn(
                 f"the schedule never fires: it starts at step {first}, the fit has {self._total}; "
-                f"train longer or start it earlier, as in schedule.over(start=0.2)",
-                stacklevel=2,
+                f"train longer or start it earlier, as in schedule.over(start=0.2)"
             )
         elif last > self._total:
-            warnings.warn(
+            self.warn(
                 f"the target is not reached in this fit: the last update is due at step {last}, "
-                f"the fit has {self._total}; train longer, end it earlier or update more often",
-                stacklevel=2,
+                f"the fit has {self._total}; train longer, end it earlier or update more often"
             )
         elif max(share for _, share in self._updates) < 1:
             furthest = max(share for _, share in self._updates)
-            warnings.warn(
+            self.warn(
                 f"the schedule gets to {furthest:.0%} of the way to the target: it should go from "
-                f"progress to the share of the way, and reach 1",
-                stacklevel=2,
+                f"progress to the share of the way, and reach 1"
             )
 
     def _plot(self, ylabel: str, title: str, ax: Any = None) -> Any:

@@ -1,5 +1,8 @@
 """Everything that removes: `from fasterai.prune.all import *`."""
 
 from ..core.criteria import *
+from .callback import *
+from .gradual import *
+from .optimizer import *
 from .plan import *
 from .pruner import *

@@ -74,7 +74,7 @@ def observe(
         silent: (labels,) bool, classes that no layer shall hear.
         origins: also note which channels zero weights alone have made.
     """
-    labels = coupling.labels(model, kept or {})
+    labels = coupling.labels(kept or {})
     alive = None if silent is None else torch.from_numpy(np.append(~silent, True))
     random = inputs.random_like()
     together = [inputs.beside(random)] if inputs.samples else [inputs, random]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import pandas as pd
@@ -12,32 +12,22 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.former import explain_former
-from ..core.masks import Limits, as_fraction
+from ..core.masks import Limits, as_context, as_fraction
 from ..core.names import LayerChoice, pick
+from ..core.processes import refuse_sharded
 from ..coupling.couple import couple
 from ..coupling.labels import Dim, dims_of
 from ..coupling.probe import Removal
-from ..coupling.surgery import Cut, cut
 from ..measure.profile import counted, layer_costs, macs
 from .check import Differences, observe
 from .constants import Constants
 from .explain import axes_table, draw_axes
+from .optimizer import remember
 from .plan import Plan, make_plan
-from .select import Stay, ranked_units, zero_units
-from .trial import Trial
+from .select import Stay, ranked_units, shares, zero_units
+from .trial import Decision, Trial
 
 __all__ = ["Pruner"]
-
-
-@dataclass(frozen=True)
-class _Decision:
-    """Units to remove, why others stay, whether any was to go, and how the trial of it went."""
-
-    remove: Removal
-    stay: list[Stay]
-    wanted: bool
-    apart: Differences | None
-    cut: Cut
 
 
 class Pruner:
@@ -58,7 +48,6 @@ class Pruner:
         ValueError: an unknown layer name, or inputs the model cannot run on.
 
     Attributes:
-        plan: what the last `prune_model` cut.
         max_abs_diff, max_rel_diff: the largest difference of the outputs it caused, absolute and
             relative to the largest output, on the example and on random inputs.
     """
@@ -75,8 +64,9 @@ class Pruner:
         self.model = model
         self._whole_heads = whole_heads
         self._excluded = pick(model, exclude, "exclude")
+        refuse_sharded(model)
         self.inputs, counts = counted(model, example_inputs)
-        self.plan: Plan | None = None
+        self._plans: list[Plan] = []
         self.max_abs_diff: float | None = None
         self.max_rel_diff: float | None = None
         self._stay: list[Stay] = []
@@ -91,6 +81,7 @@ class Pruner:
         criteria: Criterion | Callable[[Tensor], Tensor] = large_final,
         round_to: int = 1,
         min_keep: int = 1,
+        optimizer: Any = None,
         verify: bool = True,
     ) -> nn.Module:
         """Remove units from the model, in place, and return it.
@@ -102,6 +93,8 @@ class Pruner:
             criteria: scores of weights, higher = keep.
             round_to: widths become multiples of this; fewer units go, where needed.
             min_keep: units that stay in each axis, at least.
+            optimizer: one whose state and gradients are cut with the parameters, so that it
+                trains on: `learn.opt`, or one of torch's; see `carry_optimizer`.
             verify: compare outputs before and after. The labels are replayed in any case.
 
         A cut is taken back where the smaller network does not run, wires channels together that
@@ -109,20 +102,13 @@ class Pruner:
         network that ignores the removed channels, for a fraction. What stays is named in
         `kept()`.
 
-        Tensors change their shapes: an optimizer must start afresh, as in
-        `learn.fit(..., reset_opt=True)`.
+        Tensors change their shapes: an optimizer that is not given here must be carried, see
+        `carry_optimizer`, or start afresh, as in `learn.fit(..., reset_opt=True)`.
         """
         limits = Limits(min_keep, round_to)
         decision = self._decide(sparsity, context, criteria, limits, verify)
-        plan = make_plan(self.model, self._coupling, self._axes, decision.remove)
-        cut(self.model, decision.cut)
-        self.plan, self._stay = plan, decision.stay
-        apart = decision.apart if plan.removed else Differences(0.0, 0.0, True)
-        self.max_abs_diff = apart.absolute if apart else None
-        self.max_rel_diff = apart.relative if apart else None
-        if plan.removed:
-            self.model.zero_grad(set_to_none=True)
-        else:
+        plan = self._carry_out(decision, optimizer)
+        if not plan.removed:
             why = self._why_nothing(sparsity is None, decision.wanted)
             warnings.warn(f"nothing was removed: {why}", stacklevel=2)
         return self.model
@@ -139,8 +125,17 @@ class Pruner:
     ) -> Plan:
         """What `prune_model` with the same arguments would do; the model stays as it is."""
         limits = Limits(min_keep, round_to)
-        decision = self._decide(sparsity, context, criteria, limits, verify)
-        return make_plan(self.model, self._coupling, self._axes, decision.remove)
+        return self._decide(sparsity, context, criteria, limits, verify).plan
+
+    @property
+    def plan(self) -> Plan | None:
+        """What the last `prune_model` cut."""
+        return self._plans[-1] if self._plans else None
+
+    @property
+    def whole_plan(self) -> Plan | None:
+        """All that was cut since the pruner was made, as one plan: `save_pruned` takes it."""
+        return reduce(Plan.then, self._plans) if self._plans else None
 
     def report(self) -> pd.DataFrame:
         """Widths, parameters and MACs (one sample) of each layer, before and after; last 'total'.
@@ -192,41 +187,59 @@ class Pruner:
             axis.pinned("excluded") if self._excluded & set(axis.producers) else axis
             for axis in self._coupling.axes
         ]
-        self._shapes = _shapes(self.model)
+        self._shapes = shapes(self.model)
 
     def _refresh(self) -> None:
-        if self._shapes != _shapes(self.model):
+        if self._shapes != shapes(self.model):
             self._couple()  # it was cut meanwhile
 
     def _decide(
         self, sparsity: Any, context: str, criteria: Any, limits: Limits, verify: bool
-    ) -> _Decision:
+    ) -> Decision:
         """Choose, try and take back; the model is as before when this returns."""
-        if context not in ("local", "global"):
-            raise ValueError(f"context must be 'local' or 'global', got {context!r}")
+        as_context(context)
         if isinstance(sparsity, Mapping):
             raise TypeError(
                 "prune_model takes one sparsity for all layers; for one each, zero filters with "
                 "Sparsifier(model, 'filter').sparsify_model({...}), then call prune_model()"
             )
-        criterion, exact = as_criterion(criteria), sparsity is None
-        share = 0.0 if exact else as_fraction(sparsity)
+        criterion = as_criterion(criteria)
+        share = None if sparsity is None else as_fraction(sparsity)
         self._refresh()
         where = self.model, self.inputs, self._coupling, self._axes
-        dense = constants = None
-        if exact:
+        if share is None:
             dense = observe(*where[:3], origins=True)
             constants = Constants(self.model, dense.runs)
-            wanted, stay = zero_units(self.model, constants, self._axes, limits)
+            chosen = zero_units(self.model, constants, self._axes, limits)
+            trial = Trial(*where, dense=dense, constants=constants, verify=verify)
         else:
-            wanted, stay = ranked_units(self.model, self._axes, share, context, criterion, limits)
-        trial = Trial(*where, dense=dense, constants=constants, verify=verify)
+            counts = shares(self._axes, share, context)
+            chosen = ranked_units(self.model, self._axes, counts, criterion, limits)
+            trial = Trial(*where, verify=verify)
+        return self._tried(trial, *chosen)
+
+    def _tried(self, trial: Trial, wanted: Removal, stay: list[Stay]) -> Decision:
+        """What of the units that are wanted can go."""
+        axes = trial.axes
         remove = trial.settle({a: units for a, units in wanted.items() if units.any()})
         for a, reason in trial.failed.items():
             units = wanted[a].nonzero().flatten().tolist()
-            stay.extend((self._axes[a].name, u, reason) for u in units)
+            stay.extend((axes[a].name, u, reason) for u in units)
         asked = any(bool(u.any()) for u in wanted.values())
-        return _Decision(remove, stay, asked, trial.apart, trial.plan)
+        before = sum(plan.removed > 0 for plan in self._plans)
+        plan = make_plan(self.model, axes, remove, trial.plan, before)
+        return Decision(plan, stay, asked, trial.apart)
+
+    def _carry_out(self, decision: Decision, optimizer: Any) -> Plan:
+        plan = decision.plan
+        plan.apply(self.model, optimizer=optimizer)
+        remember(plan, self.model)
+        self._plans.append(plan)
+        self._stay = decision.stay
+        apart = decision.apart if plan.removed else Differences(0.0, 0.0, True)
+        self.max_abs_diff = apart.absolute if apart else None
+        self.max_rel_diff = apart.relative if apart else None
+        return plan
 
     def _why_nothing(self, exact: bool, wanted: bool) -> str:
         if not exact and not wanted and any(len(a.free) for a in self._axes):
@@ -243,5 +256,6 @@ class Pruner:
         )
 
 
-def _shapes(model: nn.Module) -> dict[Dim, int]:
+def shapes(model: nn.Module) -> dict[Dim, int]:
+    """The size of each dimension of more than one position."""
     return {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()}

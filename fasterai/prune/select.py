@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.criteria import Criterion
 from ..core.masks import Limits, select
+from ..core.records import refuse_equal
 from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE, SCALE, SHIFT
-from ..coupling.ranking import ranked_bundles, zeroed_units
+from ..coupling.ranking import ranked_bundles, require_scales, zeroed_units
 from ..coupling.units import Axis
 from .constants import Constants
 
-__all__ = ["Stay", "ranked_units", "zero_units"]
+__all__ = ["Stay", "ranked_units", "shares", "zero_units"]
 
 Stay = tuple[str, int, str]  # layer, unit, and why it is not removed
 
@@ -63,27 +63,49 @@ def _whole_bundles(axis: Axis, silent: Sequence[int], limits: Limits) -> tuple[l
     return [u for units in blocks for u in units[:n]], reason
 
 
+def shares(axes: Sequence[Axis], share: float, context: str) -> int | list[int]:
+    """How many bundles a share is: of all axes under 'global', else of each."""
+    if context == "global":
+        return round(share * sum(axis.bundles for axis in axes))
+    return [round(share * axis.bundles) for axis in axes]
+
+
 def ranked_units(
     model: nn.Module,
     axes: Sequence[Axis],
-    sparsity: float,
-    context: str,
+    counts: int | Sequence[int],
     criterion: Criterion,
     limits: Limits,
+    gone: Sequence[int] | None = None,
 ) -> tuple[dict[int, Tensor], list[Stay]]:
-    """The share `sparsity` of the free units, lowest scores first; and the pinned ones."""
+    """So many of the free units, lowest scores first; and the pinned ones.
+
+    Args:
+        model: the network.
+        axes: its axes.
+        counts: bundles to remove: over all axes, or of each.
+        criterion: scores of weights.
+        limits: see `Limits`.
+        gone: for each axis the units that were removed before; see `unit_scores`.
+
+    Raises:
+        NothingToCompare: the criterion needs more than weights, and sees no difference.
+    """
     tensors = dict(model.named_parameters())
     stay = [(x.name, u, pin) for x in axes for u, pin in enumerate(x.pins) if pin is not None]
     ranked = [a for a, axis in enumerate(axes) if axis.bundles]
-    together = context == "global"
-    bundles = [ranked_bundles(tensors, axes[a], criterion, relative=together) for a in ranked]
+    require_scales(tensors, [axes[a] for a in ranked], criterion)
+    together = isinstance(counts, int)
+    lost = [0] * len(axes) if gone is None else gone
+    bundles = [
+        ranked_bundles(tensors, axes[a], criterion, relative=together, gone=lost[a]) for a in ranked
+    ]
     scores = [s for s, _ in bundles]
-    counts: Any = [round(sparsity * s.numel()) for s in scores]
-    if together:
-        counts = round(sparsity * sum(s.numel() for s in scores))
+    if criterion.needs:
+        refuse_equal(scores)
     marks = select(
         scores,
-        counts,
+        counts if isinstance(counts, int) else [counts[a] for a in ranked],
         held=[torch.zeros_like(s, dtype=torch.bool) for s in scores],
         sizes=[axes[a].size // axes[a].blocks for a in ranked],
         widths=[axes[a].blocks for a in ranked],

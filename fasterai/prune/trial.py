@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,20 @@ from ..coupling.surgery import Cut, shadowed
 from ..coupling.units import Axis, Coupling
 from .check import Differences, Observation, alike, differences, observe
 from .constants import Constants
+from .plan import Plan
+from .select import Stay
 
-__all__ = ["Trial"]
+__all__ = ["Decision", "Trial"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is removed, why other units stay, whether any was to go, and how the trial went."""
+
+    plan: Plan
+    stay: list[Stay]
+    wanted: bool
+    apart: Differences | None
 
 
 class Trial:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from ..core.criteria import Criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
-from ..core.masks import Limits, apply_masks, as_fraction
-from ..core.names import LayerChoice, as_choices, unwrapped
+from ..core.masks import Limits, apply_masks, as_context, as_fraction
+from ..core.names import LayerChoice, as_choices, plain
 from ..core.schedule import Chain, Schedule, agp, falls, goes_down
 from ..fit.callback import FitCallback, ScheduledCallback
 from .choose import NothingToSparsify
-from .keep import zero_masks
+from .keep import parameters_like, zero_masks
 from .sparsifier import Sparsifier
 
 __all__ = ["KeepZeros", "SparsifyCallback"]
@@ -82,15 +82,15 @@ class SparsifyCallback(ScheduledCallback):
         hold_trackers: bool = True,
     ) -> None:
         super().__init__(criteria, schedule, hold_trackers)
-        if context not in ("local", "global"):
-            raise ValueError(f"context must be 'local' or 'global', got {context!r}")
         self.initial, self.sparsity = _initial_and_final(sparsity)
         grain = Granularity(granularity)
         by_layer = self.sparsity if isinstance(self.sparsity, Mapping) else {None: self.sparsity}
         for layer, value in by_layer.items():
             grain.allow(value, "sparsity" if layer is None else f"sparsity of {layer!r}")
         self.granularity = grain.name
-        self.context = context
+        self.context = as_context(context)
+        if self.context == "global" and isinstance(self.sparsity, Mapping):
+            raise ValueError("a sparsity for each layer needs context='local', got 'global'")
         Limits(min_keep, round_to)
         self.min_keep, self.round_to = min_keep, round_to
         self.layers = None if layers is None else as_choices(layers)
@@ -115,7 +115,7 @@ class SparsifyCallback(ScheduledCallback):
 
     def begin(self) -> bool:
         """See which groups there are and where they should go."""
-        self._sparsifier = sparsifier = self._sparsifier_of_model()
+        self._sparsifier = sparsifier = self._processes.together(self._sparsifier_of_model)
         if sparsifier is None:
             return False
         self._to = sparsifier.targets(self.sparsity)
@@ -125,11 +125,13 @@ class SparsifyCallback(ScheduledCallback):
         else:
             self._from = sparsifier.targets(initial)
         if any(self._to):
+            sparsifier.criteria = self.gather(sparsifier.masks)
             sparsifier.try_criteria()  # one that fails does so before training
+            sparsifier.criteria = self.criteria
         else:
             sparsifier.release()  # nothing is asked: train as without a callback
         sparsifier.apply()
-        early = self._updates[0][0] > self.finished and not self.criteria.needs
+        early = self._updates[0][0] > self.finished and not self.criteria.wants
         if initial is not None and any(self._from) and early:
             sparsifier.sparsify_to(self._from, asked=self._to)
             self.history.append((self.finished, sparsifier.reached()))
@@ -149,6 +151,7 @@ class SparsifyCallback(ScheduledCallback):
         if falls(before, share):
             self._sparsifier.regrow_to(self._at(share), asked=self._at(self._updates[-1][1]))
         else:
+            self._sparsifier.criteria = self.scored()
             self._sparsifier.sparsify_to(self._at(share), asked=self._to)
 
     def reached(self) -> float:
@@ -162,6 +165,7 @@ class SparsifyCallback(ScheduledCallback):
     def finish(self) -> None:
         """Let go of the masks and of what the criterion needed."""
         if self._sparsifier is not None:
+            self._sparsifier.criteria = self.criteria
             self._sparsifier.release()
 
     def _sparsifier_of_model(self) -> Sparsifier | None:
@@ -184,14 +188,13 @@ class SparsifyCallback(ScheduledCallback):
         except NothingToSparsify as error:
             if not error.frozen:
                 raise
-            warnings.warn(f"{error}. Call learn.unfreeze() to sparsify frozen layers", stacklevel=2)
+            self.warn(f"{error}. Call learn.unfreeze() to sparsify frozen layers")
             return None
         if sparsifier.frozen_share > 0.1:
-            warnings.warn(
+            self.warn(
                 f"{sparsifier.frozen_share:.0%} of the weights are frozen, stay dense and do not "
                 f"count; call learn.unfreeze() to sparsify them (fine_tune does so by itself after "
-                f"its first part)",
-                stacklevel=2,
+                f"its first part)"
             )
         return sparsifier
 
@@ -214,6 +217,10 @@ class KeepZeros(FitCallback):
     every optimizer step they are +0.0 again. Nothing is attached to the model: the masks, a byte
     an element of each parameter with such zeros, live as long as the fit.
 
+    Args:
+        masks: what to hold instead, and to zero when the fit begins: {parameter name: 0 = stays
+            zero}, such as `ticket.masks` or the `masks` of a `Sparsifier`.
+
     Attributes:
         zeros: the number of elements that the last fit held.
     """
@@ -222,6 +229,12 @@ class KeepZeros(FitCallback):
     zeros = 0
     _weights: tuple[Tensor, ...] = ()
     _masks: tuple[Tensor, ...] = ()
+
+    def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        if masks is not None and not isinstance(masks, Mapping):
+            raise TypeError(f"masks go by parameter names, as in ticket.masks, got {masks!r}")
+        self.masks = masks
 
     @property
     def mask_bytes(self) -> int:
@@ -235,11 +248,16 @@ class KeepZeros(FitCallback):
 
     def begin(self) -> None:
         """Look for zeros."""
-        masks = zero_masks(self.learn.model, self.xb)
-        parameters = dict(unwrapped(self.learn.model).named_parameters())
-        self._weights = tuple(parameters[name] for name in masks)
-        self._masks = tuple(masks.values())
+        model, masks = self.learn.model, self.masks
+        if masks is None:
+            masks = zero_masks(model, self.xb)
+        masks = {plain(k): m for k, m in masks.items()}
+        parameters = parameters_like({k: tuple(m.shape) for k, m in masks.items()}, model)
+        self._weights = tuple(parameters.values())
+        pairs = zip(masks.values(), self._weights, strict=True)
+        self._masks = tuple(m.to(w.device, torch.uint8) for m, w in pairs)
         self.zeros = sum(int((mask == 0).sum()) for mask in self._masks)
+        self.hold()
 
     def before_step(self) -> None:
         """Look again where the network was cut since: what is zero has moved."""

@@ -14,14 +14,13 @@ from ..core.granularity import Granularity, dimensions, maskable_types
 from ..core.names import LayerChoice, pick
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
-from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE, SCALE, SHIFT
-from ..coupling.units import Axis, Coupling
+from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE
+from ..coupling.units import FROZEN, Axis, Coupling
 from .groups import Groups, LayerGroups, UnitGroups, WeightGroups
 from .patterns import PatternGroups
 
 __all__ = ["Choice", "NothingToSparsify", "choose"]
 
-_FROZEN = "frozen (requires_grad is False)"
 _OUTPUT = "network output"
 
 
@@ -75,7 +74,7 @@ def choose(
         outputs = _output_layers(model, coupling) if layers is None else ()
         groups, skipped = _inside_layers(model, granularity, chosen, outputs)
     if not groups:
-        raise NothingToSparsify(_nothing(granularity, skipped), _FROZEN in skipped.values())
+        raise NothingToSparsify(_nothing(granularity, skipped), FROZEN in skipped.values())
     return Choice(tuple(groups), skipped, inputs, _frozen_share(chosen, skipped))
 
 
@@ -115,12 +114,14 @@ def _inside_layers(
         for key, weight in weights.items():
             own = name if len(weights) == 1 else f"{name}.{key}"
             share = weight.numel() / max(sum(w.numel() for w in weights.values()), 1)
-            whole = WeightGroups(own, name, parameters[id(weight)], weight, share=share)
-            found = _cut(whole, layer, dimensions(layer)[key], granularity)
+            dims = dimensions(layer)[key]
+            rows = max(dims.find("o"), 0)
+            whole = WeightGroups(own, name, parameters[id(weight)], weight, share=share, rows=rows)
+            found = _cut(whole, layer, dims, granularity)
             if isinstance(found, str):
                 skipped[own] = found
             elif not weight.requires_grad:
-                skipped[own] = _FROZEN
+                skipped[own] = FROZEN
             elif id(weight) in groups:
                 skipped[own] = f"its weight is that of {groups[id(weight)].layer!r}"
             elif weight.numel():
@@ -201,11 +202,7 @@ def _without(axis: Axis, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor
             units = slot.unit.tolist()
             other = f"coupled to {slot.module!r}, which is not chosen"
             axis = axis.pinned("not chosen" if slot.module == axis.name else other, units)
-    for slot in axis.having(PRODUCE, SCALE, SHIFT):
-        p = tensors.get(slot.parameter)
-        if p is not None and not p.requires_grad:
-            axis = axis.pinned(_FROZEN, slot.unit.tolist())
-    return axis
+    return axis.trained(tensors)
 
 
 def _chosen(
@@ -213,10 +210,13 @@ def _chosen(
 ) -> dict[str, nn.Module]:
     names = None if layers is None else pick(model, layers, "layers")
     left_out = pick(model, exclude, "exclude")
+    modules = dict(model.named_modules())
+    tied = {id(w) for name in left_out for w in _weights(modules[name]).values()}
     return {
         name: m
-        for name, m in model.named_modules()
+        for name, m in modules.items()
         if isinstance(m, kinds) and name not in left_out and (names is None or name in names)
+        if tied.isdisjoint(map(id, _weights(m).values()))
     }
 
 

@@ -79,6 +79,7 @@ class WeightGroups:
         parameter: name of its weight.
         weight: the weight itself, of any shape.
         share: its share of the layer's MACs.
+        rows: the dimension that its filters lie along.
     """
 
     name: str
@@ -87,6 +88,7 @@ class WeightGroups:
     weight: nn.Parameter
     _: KW_ONLY
     share: float = 1.0
+    rows: int = 0
 
     coupled = ()
     width = 1
@@ -157,7 +159,7 @@ class LayerGroups(WeightGroups):
         return self._shape == self.weight.shape
 
     def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
-        scores = criterion(self.weight, self.parameter)
+        scores = criterion(self.weight, self.parameter, self.rows)
         scores = over_blocks(scores, self.group, criterion.reduce).flatten()
         return normalise(scores, criterion.norm if relative else None, self.name)
 

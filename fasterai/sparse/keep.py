@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..core.granularity import dimensions
-from ..core.names import unwrapped
+from ..core.names import plain, unwrapped
+from ..core.processes import refuse_sharded
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
 from ..coupling.labels import SCALE, SHIFT
 from ..coupling.ranking import zeroed_units
 
-__all__ = ["zero_masks"]
+__all__ = ["difference", "parameters_like", "zero_masks"]
 
 _BIAS = {"weight": "bias", "in_proj_weight": "in_proj_bias"}
 
@@ -39,6 +40,7 @@ def zero_masks(model: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
         example_inputs: what its forward takes; it runs only where there are rows of zeros.
     """
     network = unwrapped(model)
+    refuse_sharded(network)
     tensors = dict(network.named_parameters())
     weights = {k: p for k, p in tensors.items() if p.ndim > 1 and _partly_zero(p)}
     masks = {k: (p != 0).to(torch.uint8) for k, p in weights.items() if p.requires_grad}
@@ -96,3 +98,35 @@ def _silent(
                 gone = torch.zeros(len(tensors[slot.parameter]), dtype=torch.bool)
                 gone[slot.index[zero[slot.unit]]] = True
                 yield slot.parameter, gone
+
+
+def parameters_like(
+    shapes: Mapping[str, tuple[int, ...]], model: nn.Module
+) -> dict[str, nn.Parameter]:
+    """The parameters of these names.
+
+    Raises:
+        ValueError: a model that lacks some, or where they have other shapes.
+    """
+    if not isinstance(model, nn.Module):
+        fix = "; pass learn.model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{fix}")
+    named = unwrapped(model).named_parameters(remove_duplicate=False)
+    found = {plain(name): p for name, p in named}
+    here = {name: tuple(p.shape) for name, p in found.items() if name in shapes}
+    if here != dict(shapes):
+        raise ValueError(
+            f"the masks are those of another network: {difference(shapes, here)}; build "
+            f"the model as the one they came from, dense"
+        )
+    return {name: found[name] for name in shapes}
+
+
+def difference(shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]]) -> str:
+    """The first differences between the shapes there and those here, in words."""
+    names = [k for k in dict.fromkeys([*shapes, *others]) if shapes.get(k) != others.get(k)]
+    shown = [
+        f"{k!r} is {shapes.get(k, 'absent')} there and {others.get(k, 'absent')} here"
+        for k in names[:3]
+    ]
+    return "; ".join(shown + [f"and {len(names) - 3} more"] * (len(names) > 3))

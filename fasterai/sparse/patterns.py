@@ -64,7 +64,7 @@ class PatternGroups(WeightGroups):
         return self.weight.shape[self.dim] // self.parts
 
     def scores(self, criterion: Criterion, *, relative: bool) -> Tensor:
-        scores = criterion(self.weight, self.parameter)
+        scores = criterion(self.weight, self.parameter, self.rows)
         norm = criterion.norm if relative else None
         scores = normalise(scores.flatten(), norm, self.name).view_as(scores)
         least = torch.finfo(scores.dtype).min

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion, Lookup, as_criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
-from ..core.masks import Limits, apply_masks, choose_cuts, zero_marks
+from ..core.masks import Limits, apply_masks, as_context, choose_cuts, zero_marks
 from ..core.names import LayerChoice, plain, unknown_name, unwrapped
+from ..core.processes import Processes, refuse_sharded
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
+from ..core.records import Records, refuse_equal, stand_in
 from ..core.selection import Cut
+from ..coupling.ranking import require_scales
 from ..measure.profile import macs
 from .choose import choose
-from .groups import ranking_of, write_cut
-from .records import Records, stand_in
+from .groups import UnitGroups, ranking_of, write_cut
 from .regrow import Regrowth
 from .report import sparsity_report
 from .targets import origin, targets_of
@@ -54,7 +56,8 @@ class Sparsifier:
 
     Args:
         model: any network. One that `torch.compile` or `DistributedDataParallel` wraps goes by the
-            names inside, without `_orig_mod.` and `module.`.
+            names inside, without `_orig_mod.` and `module.`. Where several processes train, all
+            make one of the wrapped model and call it alike: the first one's masks hold for all.
         granularity: which weights go together: 'weight', 'row', 'column', 'kernel', 'filter', ...,
             a set of dimensions such as 'o h', blocks such as 'o/16 i', or a pattern such as '2:4';
             see `Granularity`. 'filter' zeroes whole units, with their biases and the scales and
@@ -103,11 +106,9 @@ class Sparsifier:
         whole_heads: bool = False,
         regrow: bool = False,
     ) -> None:
-        if context not in ("local", "global"):
-            raise ValueError(f"context must be 'local' or 'global', got {context!r}")
         self.model = model
         self.granularity = Granularity(granularity)
-        self.context = context
+        self.context = as_context(context)
         self.criteria = as_criterion(criteria)
         self.limits = Limits(min_keep, round_to)
         if regrow and self.granularity.is_filter:
@@ -116,18 +117,22 @@ class Sparsifier:
             raise ValueError(_PATTERNS_STAY)
         self.asked: tuple[float, ...] | None = None
         self._network = network = unwrapped(model)
+        refuse_sharded(network)
+        self._processes = Processes(model)
         choice = choose(
             network, self.granularity, layers, exclude, example_inputs, mixed, whole_heads
         )
         self._groups, self._inputs = choice.groups, choice.inputs
         self.skipped, self.frozen_share = choice.skipped, choice.frozen_share
+        units = [g for g in self._groups if isinstance(g, UnitGroups)]
+        require_scales(dict(network.named_parameters()), [g.axis for g in units], self.criteria)
         covered = {k: p for g in self._groups for k, p in g.parameters.items()}
         self._covered = covered
         self._shapes = {name: p.shape for name, p in covered.items()}
         self.masks: dict[str, Tensor] = {
             name: torch.ones_like(p, dtype=torch.uint8) for name, p in covered.items()
         }
-        self._records = Records(self.criteria.needs, covered)
+        self._records = Records(self.criteria.wants, covered)
         self._regrowth = Regrowth(self._held()) if regrow else None
         rankings = self._rankings()
         self._set(rankings, [None] * len(rankings))
@@ -232,6 +237,63 @@ class Sparsifier:
     def sparsify_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
         """Zero these fractions, see `targets`; on the way to those `asked` in the end."""
         self._refuse_pruned()
+        self._decide(lambda: self._zero(targets))
+        self.asked = tuple(targets if asked is None else asked)
+        self.apply()
+        self._records.renew()
+
+    def regrow_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
+        """Let groups come back until these fractions are zero, see `sparsify_to`."""
+        if self._regrowth is None:
+            raise RuntimeError(
+                "nothing was kept to regrow by: make it with Sparsifier(regrow=True)"
+            )
+        self._refuse_pruned()
+        self._decide(lambda: self._regrow(targets))
+        self.asked = tuple(targets if asked is None else asked)
+        self.apply()
+        self._records.renew()
+
+    def scores(self) -> list[Tensor]:
+        """One score a group, layer by layer.
+
+        Raises:
+            ValueError: what the criterion returns cannot be used; the layer is named.
+            NothingToCompare: it sees no difference to what was recorded, or no gradients.
+        """
+        scores = self._scores(self._records)
+        if self.criteria.needs:
+            refuse_equal(scores)
+        return scores
+
+    def try_criteria(self) -> None:
+        """Score once, with numbers in place of records, so that what fails does so early."""
+        if self.criteria.needs:
+            self._scores(lambda need, name: stand_in(need, self._covered[name]))
+            return
+        for group in self._groups:
+            ranking_of(group, self.criteria, relative=self.context == "global").check()
+
+    def release(self) -> None:
+        """Let go of the masks and of what the criterion needed; reports go on working."""
+        self.masks, self._any, self._regrowth = {}, False, None
+        self._records.release()
+        self.model, self._processes = self._network, Processes()
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _decide(self, choose: Callable[[], None]) -> None:
+        """Choose what is zero; of several processes the first one does, and shares its masks."""
+
+        def zeros() -> int:
+            choose()
+            return self._zeros
+
+        self._zeros = self._processes.decided(zeros)
+        self._processes.share(self.masks.values())
+        self._any = self._zeros > 0
+
+    def _zero(self, targets: Sequence[float]) -> None:
         counts, rankings = self._counts(targets), self._rankings()
         cuts: list[Cut | None] = [None] * len(rankings)
         if self._more(counts, [r.held for r in rankings]):
@@ -245,52 +307,13 @@ class Sparsifier:
             if self._regrowth is not None:
                 gone = [zero_marks(r, cut) for r, cut in zip(rankings, cuts, strict=True)]
                 self._regrowth.went(gone, scores)
-        self.asked = tuple(targets if asked is None else asked)
         self._set(rankings, cuts)
-        self.apply()
-        self._records.renew()
 
-    def regrow_to(self, targets: Sequence[float], asked: Sequence[float] | None = None) -> None:
-        """Let groups come back until these fractions are zero, see `sparsify_to`."""
-        if self._regrowth is None:
-            raise RuntimeError(
-                "nothing was kept to regrow by: make it with Sparsifier(regrow=True)"
-            )
-        self._refuse_pruned()
+    def _regrow(self, targets: Sequence[float]) -> None:
         widths = [g.width for g in self._groups]
         zero = self._regrowth.back(self._counts(targets), widths, self.limits.round_to)
-        self.asked = tuple(targets if asked is None else asked)
         rankings = [ScoreRanking(list, z) for z in zero]  # of which only the marks count
         self._set(rankings, [None] * len(rankings))
-        self.apply()
-        self._records.renew()
-
-    def scores(self) -> list[Tensor]:
-        """One score a group, layer by layer.
-
-        Raises:
-            ValueError: what the criterion returns cannot be used; the layer is named.
-            NothingToCompare: it sees no difference to what was recorded, or no gradients.
-        """
-        scores = self._scores(self._records)
-        if self.criteria.needs:
-            self._records.refuse_equal(scores)
-        return scores
-
-    def try_criteria(self) -> None:
-        """Score once, with numbers in place of records, so that what fails does so early."""
-        if self.criteria.needs:
-            self._scores(lambda _, name: stand_in(self._covered[name]))
-            return
-        for group in self._groups:
-            ranking_of(group, self.criteria, relative=self.context == "global").check()
-
-    def release(self) -> None:
-        """Let go of the masks and of what the criterion needed; reports go on working."""
-        self.masks, self._any, self._regrowth = {}, False, None
-        self._records.release()
-
-    # --- inside --------------------------------------------------------------------------------
 
     def _scores(self, records: Lookup) -> list[Tensor]:
         criterion, relative = self.criteria.reading(records), self.context == "global"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..core.criteria import NothingToCompare
+from .criteria import NothingToCompare
+from .gathered import GATHERED
 
-__all__ = ["NothingToCompare", "Records", "stand_in"]
+__all__ = ["Records", "refuse_equal", "stand_in"]
+
+_KEPT = ("initial", "previous")
 
 
 class Records:
@@ -19,7 +22,7 @@ class Records:
     takes as much memory as the weights; gradients take none.
 
     Args:
-        needs: which of `'initial'`, `'previous'`, `'gradient'` a criterion needs.
+        needs: what a criterion needs.
         weights: the weights by name, as they are now: initial, and previous to the first update.
     """
 
@@ -28,11 +31,13 @@ class Records:
         self._kept: dict[str, dict[str, Tensor]] = {
             need: {name: w.detach().clone() for name, w in weights.items()}
             for need in needs
-            if need != "gradient"
+            if need in _KEPT
         }
 
-    def __call__(self, need: str, name: str) -> Tensor:
+    def __call__(self, need: str, name: str) -> Tensor | None:
         """The record, of the weight's shape and on its device; no gradient is a gradient of 0.
+
+        None for what is not recorded here: scales, and what is gathered on data.
 
         Raises:
             RuntimeError: the records were released.
@@ -40,6 +45,8 @@ class Records:
         weight = self._weights[name]
         if need == "gradient":
             return torch.zeros_like(weight) if weight.grad is None else weight.grad.detach()
+        if need not in _KEPT:
+            return None
         if need not in self._kept:
             raise RuntimeError(f"the {need} weights were released: make a new Sparsifier")
         kept = self._kept[need]
@@ -61,22 +68,33 @@ class Records:
         """Let go of the copies."""
         self._kept = {}
 
-    @staticmethod
-    def refuse_equal(scores: Sequence[Tensor]) -> None:
-        """Raise `NothingToCompare` where there is more than one score and all are the same."""
-        some = [s for s in scores if s.numel()]
-        if sum(s.numel() for s in some) < 2:
-            return
-        low = min(float(s.min()) for s in some)
-        if all(float(s.max()) == low for s in some):
-            raise NothingToCompare(
-                f"the criterion gives every group the score {low:g}: it needs training between "
-                f"its records (made with the Sparsifier, renewed at updates) and an update, or "
-                f"gradients that loss.backward() left; nothing was changed"
-            )
+    def change(self, change: Callable[[str, Tensor], Tensor]) -> None:
+        """Put what `change(name, copy)` returns in the place of each copy."""
+        for kept in self._kept.values():
+            kept.update({name: change(name, copy) for name, copy in kept.items()})
 
 
-def stand_in(weight: Tensor) -> Tensor:
-    """Numbers of both signs in a weight's shape, to try a criterion before there are records."""
+def refuse_equal(scores: Sequence[Tensor]) -> None:
+    """Raise `NothingToCompare` where there is more than one score and all are the same."""
+    some = [s for s in scores if s.numel()]
+    if sum(s.numel() for s in some) < 2:
+        return
+    low = min(float(s.min()) for s in some)
+    if all(float(s.max()) == low for s in some):
+        raise NothingToCompare(
+            f"the criterion gives every group the score {low:g}: it needs training between "
+            f"its records (made at the start, renewed at updates) and an update, gradients that "
+            f"loss.backward() left, scales that differ or data to score on; nothing was changed"
+        )
+
+
+def stand_in(need: str, weight: Tensor) -> Tensor | None:
+    """Numbers in a weight's shape, to try a criterion before there are records.
+
+    They have both signs where what is needed may have; a scale has nothing to stand in for it.
+    """
+    if need == "scale":
+        return None
     count = torch.arange(weight.numel(), device=weight.device, dtype=torch.float32)
-    return count.cos_().view(weight.shape).to(weight.dtype)
+    numbers = count.cos_().view(weight.shape).to(weight.dtype)
+    return numbers.abs_() if need in GATHERED and need != "activation" else numbers

@@ -1,0 +1,206 @@
+"""How much faster an epoch gets while a network is pruned, and what that costs in accuracy.
+
+ResNet-20 (0.27M parameters) on CIFAR-10, Adam, one cycle, with fastai: once dense, and with
+`PruneCallback` at each sparsity. After each epoch some training steps of the network as it is then
+are timed, in turns with a dense one; the ratio is what an epoch takes beside a dense one. The
+seconds of the epochs themselves are in the JSON lines, as is the time of the cuts.
+
+    python benchmarks/prune_while_training.py [--data FOLDER] [--epochs 6] [--images 10000]
+
+FOLDER holds cifar10_train_1.webp ... and cifar10_labels.npz (see its README); without it the images
+are random, times mean as much and accuracies nothing.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.callback.schedule import minimum  # noqa: F401  (patches Learner)
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from prune_cost import cifar_resnet
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fasterai.measure.profile import macs
+from fasterai.prune.callback import PruneCallback
+
+HERE = Path(__file__).parent
+MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+STEPS, ROUNDS = 4, 5
+
+
+def sheet(file):
+    """(10000, 3, 32, 32) images from a sheet of 100 x 100."""
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(file).convert("RGB"))
+    tiles = pixels.reshape(100, 32, 100, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
+    x = torch.from_numpy(tiles.copy()).permute(0, 3, 1, 2).float() / 255
+    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+
+
+def cifar(folder, images):
+    """Training and test images and labels."""
+    if folder is None:
+        random = torch.Generator().manual_seed(0)
+        x, y = torch.randn(images, 3, 32, 32, generator=random), torch.arange(images) % 10
+        return (x, y), (x[:1000], y[:1000])
+    labels = np.load(folder / "cifar10_labels.npz")
+    files = [folder / f"cifar10_train_{i + 1}.webp" for i in range(-(-images // 10000))]
+    x = torch.cat([sheet(file) for file in files])[:images]
+    y = torch.from_numpy(labels["train"][: len(x)].astype(np.int64))
+    test = sheet(folder / "cifar10_test.webp")
+    return (x, y), (test, torch.from_numpy(labels["test"].astype(np.int64)))
+
+
+class Items(TensorDataset):
+    def new_empty(self):
+        return Items(*(t[:0] for t in self.tensors))
+
+
+class Augment(Callback):
+    """Flips and shifts, the shift the same for a batch."""
+
+    run_valid = False
+
+    def before_batch(self):
+        x = self.learn.xb[0]
+        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+        i, j = torch.randint(9, (2,)).tolist()
+        self.learn.xb = (F.pad(x, (4, 4, 4, 4))[..., i : i + 32, j : j + 32],)
+
+
+class Clock(Callback):
+    """Seconds of each epoch's training, and a step's time beside a dense network's."""
+
+    order = 99
+
+    def __init__(self, batch):
+        self.batch, self.seconds, self.ratios = batch, [], []
+        self.dense = trainer(cifar_resnet(20).to(batch[0].device), batch)
+
+    def before_train(self):
+        self.begin = time.perf_counter()
+
+    def after_train(self):
+        self.seconds.append(time.perf_counter() - self.begin)
+
+    def after_epoch(self):
+        now = trainer(self.learn.model, self.batch)
+        pairs = [(now(), self.dense()) for _ in range(ROUNDS)]
+        self.ratios.append(statistics.median(a / b for a, b in pairs))
+
+
+def trainer(model, batch):
+    """A function that times forward and backward passes of copies of a model."""
+    x, y = batch
+
+    def run():
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        mode = model.training
+        model.train()
+        begin = time.perf_counter()
+        for _ in range(STEPS):
+            F.cross_entropy(model(x), y).backward()
+            model.zero_grad()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        taken = time.perf_counter() - begin
+        model.train(mode)
+        model.load_state_dict(state)  # the norms' statistics
+        return taken
+
+    run()
+    return run
+
+
+class Timed(PruneCallback):
+    """Notes how long its cuts take."""
+
+    cuts = 0.0
+
+    def go(self, share, before):
+        begin = time.perf_counter()
+        super().go(share, before)
+        self.cuts += time.perf_counter() - begin
+
+
+def train(sparsity, data, args):
+    torch.manual_seed(0)
+    (x, y), (xt, yt) = data
+    loaders = [
+        DataLoader(Items(*part), bs=args.batch, shuffle=i == 0, drop_last=i == 0, num_workers=0)
+        for i, part in enumerate(((x, y), (xt, yt)))
+    ]
+    dls = DataLoaders(*loaders, device=args.device)
+    model = cifar_resnet(20).train().to(args.device)
+    learn = Learner(dls, model, nn.CrossEntropyLoss(), metrics=accuracy)
+    clock = Clock((x[: args.batch].to(args.device), y[: args.batch].to(args.device)))
+    cbs = [Augment(), clock]
+    if sparsity:
+        cbs.append(Timed(sparsity, args.context))
+    learn.logger = lambda _: None
+    with learn.no_bar():
+        learn.fit_one_cycle(args.epochs, args.lr, cbs=cbs)
+    column = list(learn.recorder.metric_names).index("accuracy") - 1  # values have no epoch
+    record = {"sparsity": sparsity, "accuracy": learn.recorder.values[-1][column]}
+    record |= {"epochs": clock.seconds, "ratios": clock.ratios}
+    record["parameters"] = sum(p.numel() for p in model.parameters())
+    record["macs"] = macs(model, clock.batch[0])[""]
+    if sparsity:
+        record |= {"cuts": cbs[-1].cuts, "updates": len(cbs[-1].history)}
+    return record
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="folder of CIFAR-10")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--images", type=int, default=10000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--sparsity", type=float, nargs="*", default=[0.0, 0.5, 0.65, 0.8])
+    parser.add_argument("--context", default="local")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=HERE / "out" / "prune_while_training.jsonl")
+    args = parser.parse_args()
+    if args.data is not None and not (args.data / "cifar10_labels.npz").exists():
+        parser.error(f"no CIFAR-10 in {args.data}: cifar10_labels.npz is missing")
+    data = cifar(args.data, args.images)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    what = "CIFAR-10" if args.data else "random images"
+    print(f"{machine}, {args.device}; {args.images} {what}, batch {args.batch}")
+    print(f"{'sparsity':>8} {'accuracy':>8} {'parameters':>10} {'MACs':>10} {'cuts':>7}   an epoch")
+    args.out.parent.mkdir(exist_ok=True)
+    with args.out.open("w") as file:
+        for sparsity in args.sparsity:
+            record = train(sparsity, data, args)
+            record |= {"machine": machine, "data": what, "images": args.images}
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            ratios = " ".join(f"{r:.2f}" for r in record["ratios"])
+            share = record.get("cuts", 0.0) / sum(record["epochs"])
+            print(
+                f"{sparsity:8} {record['accuracy']:8.3f} {record['parameters']:10} "
+                f"{record['macs']:10} "
+                f"{share:7.1%}   {ratios}",
+                flush=True,
+            )
+    print("MACs of one sample; cuts: their share of the training time; an epoch: its time beside a")
+    print("dense one's, after each epoch")
+
+
+if __name__ == "__main__":
+    main()

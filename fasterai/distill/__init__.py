@@ -1,0 +1,1 @@
+"""Learning from a dense network while becoming sparse or small."""

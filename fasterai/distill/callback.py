@@ -1,0 +1,222 @@
+"""The fastai callback that lets a network learn from a dense one while it shrinks."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from fastai.learner import Learner
+from torch import Tensor, nn
+
+from ..core.names import unwrapped
+from ..fit.callback import FitCallback
+from .losses import attention_distance, soft_targets, value_distance
+from .watch import layers_named, watched
+
+__all__ = ["DistillCallback"]
+
+
+class DistillCallback(FitCallback):
+    """Learn from a dense network, too, during `fit`: `learn.fit(5, cbs=DistillCallback())`.
+
+    ```python
+    learn.fit(10, cbs=[SparsifyCallback(0.8), DistillCallback()])             # as it was before
+    learn.fit(10, cbs=DistillCallback(teacher, features=['layer2', 'layer3']))
+    ```
+    The loss of a training batch becomes `(1 - weight) * loss + weight * distance of the outputs +
+    feature_weight * sum of the distances of features`; what MixUp, mixed precision and gradient
+    accumulation make of it is as without. The validation loss stays what it is. The teacher sees
+    the same batch, in eval mode; it is not saved with the learner, and nothing stays on the
+    models.
+
+    Args:
+        teacher: a network, or a learner whose model it is; default a copy of the model as it is
+            when the fit begins, made anew in each fit.
+        weight: of the teacher's outputs, in [0, 1]; the labels have the rest.
+        temperature: see `soft_targets`.
+        loss: another distance of the outputs, a function of both.
+        features: names of layers whose outputs are to be alike, or {layer: layer of the teacher}.
+        feature_weight: of their distances.
+        match: 'attention' compares where in the image a layer is active, whatever the number of
+            its channels; 'values' every number, of the channels that both have.
+        kept: where channels were removed, which of the teacher's stayed: `pruner.plan`, or
+            {layer of the teacher: positions}; for 'values'.
+        channels: the dimension of the channels in features; -1 for transformers.
+    """
+
+    order = 1000  # last, so that nothing comes between it and the model or the loss
+
+    def __init__(
+        self,
+        teacher: nn.Module | Learner | None = None,
+        weight: float = 0.5,
+        temperature: float = 4.0,
+        *,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        features: Iterable[str] | Mapping[str, str] = (),
+        feature_weight: float = 1.0,
+        match: str = "attention",
+        kept: Any = None,
+        channels: int = 1,
+    ) -> None:
+        super().__init__()
+        self.teacher = teacher.model if isinstance(teacher, Learner) else teacher
+        if self.teacher is not None and not isinstance(self.teacher, nn.Module):
+            raise TypeError(f"teacher must be a network, a Learner or None, got {teacher!r}")
+        self.weight = _number("weight", weight, 1.0)
+        self.temperature = _number("temperature", temperature, math.inf)
+        if not self.temperature:
+            raise ValueError("temperature must be above 0, got 0")
+        if match not in ("attention", "values"):
+            raise ValueError(f"match must be 'attention' or 'values', got {match!r}")
+        if isinstance(features, str):
+            features = [features]
+        pairs = features if isinstance(features, Mapping) else {name: name for name in features}
+        self.features, self.feature_weight = dict(pairs), _number("feature_weight", feature_weight)
+        self.match, self.kept, self.channels, self.distance = match, kept, channels, loss
+        self._copy: nn.Module | None = None
+        self._missing = False  # given a teacher once, loaded without
+        self._seen: dict[str, Tensor] = {}
+
+    # --- events --------------------------------------------------------------------------------
+
+    def before_fit(self) -> None:
+        """Copy the model, before anything makes it sparse."""
+        super().before_fit()
+        self._copy = None
+        if self._missing:
+            raise ValueError(
+                "the teacher was not saved with the learner: set cb.teacher to one, or take a new "
+                "DistillCallback"
+            )
+        if self.teacher is None and self._active and not self._silent:
+            self._copy = copy.deepcopy(unwrapped(self.learn.model))
+
+    def begin(self) -> None:
+        """Get the teacher ready; raises before anything is changed."""
+        if not self._active:
+            return
+        model, teacher = self.learn.model, self._teacher
+        if {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}:
+            raise ValueError(
+                "the teacher shares parameters with the model that learns: pass "
+                "copy.deepcopy(model), or no teacher to have it copied"
+            )
+        layers_named(model, self.features, "features")
+        layers_named(teacher, self.features.values(), "features")
+        teacher.to(next(model.parameters()).device).eval()
+
+    def before_batch(self) -> None:
+        """Watch the layers of the model for one run."""
+        super().before_batch()
+        self._seen = {}
+        if self._learns and self.features:
+            self._instead_of(self.learn.model, "forward", self._watched_forward)
+
+    def after_pred(self) -> None:
+        """Ask the teacher, and add to the loss that comes next."""
+        if self._learns and len(self.yb):
+            apart = self._apart()
+            self._instead_of(self.learn, "loss_func", lambda f, *args: self._mixed(f(*args), apart))
+
+    def after_batch(self) -> None:
+        """Leave nothing where the batch was cancelled."""
+        self._step_aside()
+
+    def finish(self) -> None:
+        """Let go of the copy."""
+        self._copy, self._seen = None, {}
+
+    # --- inside --------------------------------------------------------------------------------
+
+    @property
+    def _active(self) -> bool:
+        return self.weight > 0 or bool(self.features and self.feature_weight)
+
+    @property
+    def _learns(self) -> bool:
+        return self._training and self.training and self._active
+
+    @property
+    def _teacher(self) -> nn.Module:
+        return self._copy if self.teacher is None else self.teacher
+
+    def _watched_forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with watched(self.learn.model, self.features) as seen:
+            out = run(*args, **kwargs)
+        self._seen = seen
+        return out
+
+    def _apart(self) -> Tensor | float:
+        """The distances from the teacher, weighted."""
+        teacher = self._teacher
+        with torch.no_grad(), watched(teacher, self.features.values()) as theirs:
+            out = teacher(*self.xb)
+        if isinstance(out, tuple | list) and isinstance(self.pred, Tensor):
+            out = out[0]  # as RNNCallback takes the first of the model's
+        total = self.weight * self._outputs_apart(out) if self.weight else 0.0
+        ours, self._seen = self._seen, {}
+        for name, other in self.features.items():
+            for who, seen in ((name, ours), (other, theirs)):
+                if who not in seen:
+                    raise ValueError(
+                        f"features: layer {who!r} was not seen to run; layers inside a compiled "
+                        f"model are not"
+                    )
+            total = total + self.feature_weight * self._layers_apart(
+                ours[name], theirs[other], other
+            )
+        return total
+
+    def _outputs_apart(self, out: Any) -> Tensor:
+        if self.distance is not None:
+            return self.distance(self.pred, out)
+        return soft_targets(self.pred, out, self.temperature)
+
+    def _layers_apart(self, ours: Tensor, theirs: Tensor, layer: str) -> Tensor:
+        if self.match == "attention":
+            return attention_distance(ours, theirs, self.channels)
+        kept = _positions(self.kept, layer, self._teacher)
+        if kept is not None and ours.shape != theirs.shape:
+            theirs = theirs.index_select(self.channels, torch.as_tensor(kept, device=theirs.device))
+        return value_distance(ours, theirs)
+
+    def _mixed(self, loss: Tensor, apart: Tensor | float) -> Tensor:
+        return (1 - self.weight) * loss + apart
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the teacher: a learner is exported as it is used, alone."""
+        state = {**super().__getstate__(), "teacher": None, "_copy": None, "_seen": {}}
+        return {**state, "_missing": self._missing or self.teacher is not None}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "teacher":
+            vars(self)["_missing"] = False
+
+
+def _positions(kept: Any, layer: str, teacher: nn.Module) -> Sequence[int] | None:
+    """Which of a layer's output channels stayed; None where nothing is known of it.
+
+    Of a block of layers the last one that was cut tells.
+    """
+    if kept is None or isinstance(kept, Mapping):
+        return None if kept is None else kept.get(layer)
+    inside = layers_named(teacher, [layer], "features")[layer]
+    for name, module in reversed(list(inside.named_modules(prefix=layer))):
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        found = kept.kept.get(f"{name}.weight", {}).get(int(transposed))
+        if found is not None:
+            return found
+    return None
+
+
+def _number(name: str, value: Any, most: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most:
+        allowed = "a number >= 0" if most == math.inf else f"in [0, {most:g}]"
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return float(value)

@@ -1,0 +1,232 @@
+"""The fastai callback that makes a network small while it trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ..core.criteria import Criterion, large_final
+from ..core.former import explain_former
+from ..core.masks import Limits, as_context, as_fraction
+from ..core.names import LayerChoice, as_choices
+from ..core.processes import must_renew, renew
+from ..core.schedule import Chain, Schedule, agp, goes_down
+from ..fit.callback import ScheduledCallback
+from ..measure.profile import macs
+from .gradual import GradualPruner
+from .optimizer import check_optimizer
+from .plan import Plan
+
+__all__ = ["PruneCallback"]
+
+
+class PruneCallback(ScheduledCallback):
+    """Remove channels during `fit`, a share that grows by a schedule.
+
+    ```python
+    learn.fit_one_cycle(5, cbs=PruneCallback(0.5))
+    ```
+    At each update of the schedule the weakest units are cut out of the network, and the state of
+    `learn.opt` with them: training goes on, faster. The training table shows the share of the
+    units that is gone, the parameters and the MACs of one sample that are left. Nothing is
+    attached to the model; its parameters stay the same objects.
+
+    Shares count from the network as this callback first saw it, also in later fits with it: a
+    second fit does not remove as much again, but goes on to the target, if the first was
+    stopped. A new callback starts from the network it finds. What is removed never comes back.
+
+    Frozen layers are left alone and do not count.
+
+    Args:
+        sparsity: the share of the units to remove, a fraction in [0, 1].
+        context: 'local' removes it from each group of coupled layers, 'global' from all together.
+        criteria: scores of weights, higher = keep. Initial weights are those at the start of each
+            fit, previous ones those after the last cut. Gradients are those of the optimizer step,
+            unscaled. An update at which there is nothing to compare waits for the next step.
+        schedule: share of the way by progress; the default takes the way of `agp` in ten cuts.
+            A cut takes about as long as some ten steps and compiled networks are compiled anew,
+            so few are better than `agp`'s own 100. It must not go down.
+        exclude: names or types of layers whose channels stay.
+        min_keep: units that stay in each group of coupled layers, at least.
+        round_to: widths become multiples of this.
+        example_inputs: to see which layers are coupled; default the first training batch.
+        whole_heads: attention heads go as a whole; else each becomes narrower.
+        verify: compare outputs at each cut, beside the wiring.
+        after: what was cut already, `plan` of the callback of a fit that was stopped in another
+            process. With it shares count from the network before that, and `fit(n, start_epoch=k,
+            cbs=PruneCallback(0.5, after=plan))` goes on where that fit was.
+        hold_trackers: `SaveModelCallback`, `EarlyStoppingCallback` and their kind wait for the
+            last cut.
+    """
+
+    columns = ("sparsity", "parameters", "MACs")
+    reshapes = True
+
+    @explain_former()
+    def __init__(
+        self,
+        sparsity: float,
+        context: str = "local",
+        criteria: Criterion | Callable[[Tensor], Tensor] = large_final,
+        schedule: Schedule | Chain | Callable[[float], float] = agp.over(n_steps=10),  # noqa: B008
+        *,
+        exclude: LayerChoice | Iterable[LayerChoice] = (),
+        min_keep: int = 1,
+        round_to: int = 1,
+        example_inputs: Any = None,
+        whole_heads: bool = False,
+        verify: bool = True,
+        after: Plan | None = None,
+        hold_trackers: bool = True,
+    ) -> None:
+        super().__init__(criteria, schedule, hold_trackers)
+        self.sparsity, self.context = as_fraction(sparsity), as_context(context)
+        Limits(min_keep, round_to)
+        self.min_keep, self.round_to = min_keep, round_to
+        self.exclude, self.example_inputs = as_choices(exclude), example_inputs
+        self.whole_heads, self.verify, self.after = whole_heads, verify, after
+        self._pruner: GradualPruner | None = None
+
+    # --- afterwards ----------------------------------------------------------------------------
+
+    def report(self) -> pd.DataFrame:
+        """Widths, parameters and MACs of each layer, at the start and now; see `Pruner.report`."""
+        return self._seen().report()
+
+    def kept(self) -> pd.DataFrame:
+        """Units that the last cut had to leave, and why; see `Pruner.kept`."""
+        return self._seen().kept()
+
+    @property
+    def plan(self) -> Plan | None:
+        """All that was cut since the callback first saw the network, and `after`, as one plan."""
+        return self._seen().whole_plan
+
+    def plot_sparsity(self, ax: Any = None) -> Any:
+        """Draw the share of the units that is gone over the steps of the last fit."""
+        title = f"units removed, schedule {self.schedule.name or 'of your own'}"
+        return self._plot("share of units removed", title, ax)
+
+    # --- on the way ----------------------------------------------------------------------------
+
+    def begin(self) -> bool:
+        """See which units there are, and refuse what cannot work before anything is cut."""
+        if goes_down(self._updates):
+            raise ValueError(
+                f"the schedule {self.schedule.name!r} goes down, but what is removed cannot come "
+                f"back: take one that rises, or SparsifyCallback for zeros that learn again"
+            )
+        check_optimizer(self.learn.opt, self.learn.model)
+        must_renew(self.learn.model)
+        if self._pruner is None or not self._pruner.knows(self.learn.model):
+            self._pruner = self._processes.together(self._pruner_of_model)
+        else:
+            self._pruner.watch()
+        if not self.sparsity or not self._anything_free():
+            return False
+        self._pruner.criteria = self.gather()
+        self._pruner.try_criteria()  # one that fails does so before training
+        self._pruner.criteria = self.criteria
+        if _is_compiled(self.learn.model) and not self.arrived():
+            self.warn(
+                f"the model is compiled: each of up to {len(self._updates)} cuts makes torch "
+                f"compile it anew, which may take longer than it saves; take fewer, as in "
+                f"schedule=agp.over(n_steps=3), or compile once it is small"
+            )
+        return True
+
+    def go(self, share: float, before: float) -> None:
+        """Cut as far as the schedule says."""
+        self._pruner.criteria = self.scored()
+        plan = self.agreed(lambda: self._pruner.plan_to(share * self.sparsity))
+        if plan is not None:
+            self._pruner.carry_out(plan, optimizer=self.learn.opt)
+            self.after_cut()
+
+    def agreed(self, planned: Callable[[], Plan | None]) -> Plan | None:
+        """The plan that all processes carry out: that of the first. None cuts nothing."""
+        if not self._processes:
+            return planned()
+        own: list[Plan | None] = []
+
+        def text() -> str | None:
+            own.append(planned())
+            return own[0] and own[0].to_json()
+
+        told = self._processes.decided(text)
+        if own:
+            return own[0]
+        return Plan.from_json(told) if told else None
+
+    def after_cut(self) -> None:
+        """Renew what wraps the network and knows its old shapes."""
+        renew(self.learn.model)
+        if _is_compiled(self.learn.model):
+            torch.compiler.reset()  # else torch gives up after a few recompilations
+
+    def reached(self) -> float:
+        """The share of the units that is gone."""
+        return 0.0 if self._pruner is None else self._pruner.reached()
+
+    def values(self) -> list[Any]:
+        """The share that is gone, the parameters and MACs that are left."""
+        network = self._pruner.model
+        counts = macs(network, self._pruner.inputs)
+        size = sum(p.numel() for p in network.parameters())
+        return [self.reached(), size, counts.get("", math.nan)]
+
+    def arrived(self) -> bool:
+        """Whether all that is asked was gone when the fit began."""
+        return self._pruner.arrived(self.sparsity)
+
+    def finish(self) -> None:
+        """Let go of what only the criterion needed."""
+        if self._pruner is not None:
+            self._pruner.criteria = self.criteria
+            self._pruner.release()
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _pruner_of_model(self) -> GradualPruner:
+        example = self.xb if self.example_inputs is None else self.example_inputs
+        return GradualPruner(
+            self.learn.model,
+            example,
+            self.context,
+            self.criteria,
+            exclude=self.exclude,
+            whole_heads=self.whole_heads,
+            round_to=self.round_to,
+            min_keep=self.min_keep,
+            verify=self.verify,
+            after=self.after if self._pruner is None else None,
+        )
+
+    def _seen(self) -> GradualPruner:
+        if self._pruner is None:
+            raise RuntimeError("nothing to report: fit with this callback first")
+        return self._pruner
+
+    def _anything_free(self) -> bool:
+        pruner = self._pruner
+        if pruner.frozen_share > 0.1:
+            self.warn(
+                f"{pruner.frozen_share:.0%} of the units are frozen, stay and do not count; call "
+                f"learn.unfreeze() to prune them (fine_tune does so by itself after its first "
+                f"part)"
+            )
+        elif not pruner.free:
+            reasons = pruner.axes()["pinned"].tolist()
+            raise ValueError(f"the model has nothing to prune: {'; '.join(map(str, reasons[:5]))}")
+        return pruner.free > 0
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` or `Module.compile` made something of it or of a part."""
+    modules = [model, *model.modules()]
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in modules)

@@ -1,0 +1,256 @@
+"""Pruning step by step: towards shares of the network there was at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.criteria import Criterion, as_criterion, large_final
+from ..core.masks import Limits, as_context, as_fraction
+from ..core.names import LayerChoice, plain, unwrapped
+from ..core.records import Records, stand_in
+from ..coupling.labels import PRODUCE, Dim
+from ..coupling.ranking import require_scales, unit_scores
+from ..coupling.remaining import remaining
+from ..coupling.surgery import smaller
+from ..coupling.units import Axis
+from .fitting import cut_for, cuts_of, must_lead_to, steps_of
+from .plan import Plan
+from .pruner import Pruner, shapes
+from .select import ranked_units
+from .trial import Decision, Trial
+
+__all__ = ["GradualPruner"]
+
+
+class GradualPruner(Pruner):
+    """Prunes a network on its way: `prune_to(0.5)` means half of the units there were at first.
+
+    ```python
+    pruner = GradualPruner(model, x)
+    for share in (0.2, 0.4, 0.5):
+        pruner.prune_to(share, optimizer=optimizer)
+        train(model, optimizer)
+    ```
+    What is frozen stays, and does not count. Units that were removed never come back.
+
+    Args:
+        model: any network, wrapped by `torch.compile` or not.
+        example_inputs: see `Pruner`.
+        context: 'local' removes the share of each axis, 'global' of all of them together.
+        criteria: scores of weights, higher = keep. Initial weights are those at the start or at
+            the last `watch`, previous ones those after the last cut.
+        exclude: see `Pruner`, as the next.
+        whole_heads: attention heads go as a whole.
+        round_to: widths become multiples of this.
+        min_keep: units that stay in each axis, at least.
+        verify: compare outputs at each cut. The labels are replayed in any case.
+        after: what was cut before this pruner was made, to go on from; shares count from the
+            network before that, then.
+
+    Raises:
+        ValueError: `after` is not what has led to this network.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        context: str = "local",
+        criteria: Criterion | Callable[[Tensor], Tensor] = large_final,
+        *,
+        exclude: LayerChoice | Iterable[LayerChoice] = (),
+        whole_heads: bool = False,
+        round_to: int = 1,
+        min_keep: int = 1,
+        verify: bool = True,
+        after: Plan | None = None,
+    ) -> None:
+        self.context, self.criteria = as_context(context), as_criterion(criteria)
+        self.limits, self.verify = Limits(min_keep, round_to), verify
+        network = unwrapped(model)
+        super().__init__(network, example_inputs, exclude=exclude, whole_heads=whole_heads)
+        self._first = tuple(self._axes)  # the axes at the start; those of today lie at their places
+        self._earlier = _removed(after, network, self._first)
+        self._after = after
+        self._decision: Decision | None = None
+        self._cut: tuple[Plan | None, Mapping[Dim, Tensor]] = None, {}
+        self.watch()
+
+    def prune_to(self, sparsity: float, *, optimizer: Any = None) -> nn.Module:
+        """Remove units until this share of those at the start is gone; returns the model.
+
+        Args:
+            sparsity: a fraction in [0, 1]; nothing happens where as many are gone already.
+            optimizer: see `Pruner.prune_model`.
+
+        Raises:
+            RuntimeError: something else cut the network meanwhile.
+            NothingToCompare: the criterion compares, and sees no difference.
+        """
+        plan = self.plan_to(sparsity)
+        if plan is not None:
+            self.carry_out(plan, optimizer=optimizer)
+        return self.model
+
+    def plan_to(self, sparsity: float) -> Plan | None:
+        """What `prune_to` would do; None where that is nothing."""
+        self._refresh()
+        if self.arrived(sparsity):
+            return None
+        missing = self._missing(as_fraction(sparsity))
+        criterion = self.criteria.reading(self._records)
+        axes, gone = self._trained(self._axes), self._gone()
+        chosen = ranked_units(self.model, axes, missing, criterion, self.limits, gone)
+        where = self.model, self.inputs, self._coupling, axes
+        self._decision = self._tried(Trial(*where, verify=self.verify), *chosen)
+        return self._decision.plan if self._decision.plan.removed else None
+
+    def carry_out(self, plan: Plan, *, optimizer: Any = None) -> None:
+        """Cut as `plan_to` says, of this pruner or of its like in another process."""
+        decision = self._decision
+        if decision is None or decision.plan is not plan:
+            decision = Decision(plan, [], True, None)
+        self._refresh()
+        self._carry_out(decision, optimizer)
+
+    def reached(self) -> float:
+        """The share of the units at the start that is gone."""
+        counted = self._counted()
+        return sum(gone for _, gone in counted) / max(1, sum(n for n, _ in counted))
+
+    def arrived(self, sparsity: float) -> bool:
+        """Whether as many are gone already."""
+        missing = self._missing(as_fraction(sparsity))
+        return (missing if isinstance(missing, int) else max(missing, default=0)) <= 0
+
+    def knows(self, model: nn.Module) -> bool:
+        """Whether this is the network, and nothing else has cut it."""
+        if unwrapped(model) is not self.model:
+            return False
+        now = shapes(self.model)
+        if now == self._shapes:
+            return True
+        if now != self._expected():
+            return False
+        self._follow()
+        return True
+
+    @property
+    def whole_plan(self) -> Plan | None:
+        """All that was cut, `after` included, as one plan."""
+        return reduce(Plan.then, [*filter(None, [self._after]), *self._plans] or [None])
+
+    @property
+    def free(self) -> int:
+        """How many units, or bundles of them, may go: neither pinned nor frozen."""
+        return sum(axis.bundles for axis in self._trained(self._first))
+
+    @property
+    def frozen_share(self) -> float:
+        """The share of these and the frozen that is frozen."""
+        whole = sum(axis.bundles for axis in self._first)
+        return 1 - self.free / whole if whole else 0.0
+
+    def watch(self) -> None:
+        """Take the weights as they are now for the initial and previous ones of the criterion."""
+        parameters = dict(self.model.named_parameters())
+        made = {s.parameter for axis in self._axes for s in axis.having(PRODUCE)}
+        self._records = Records(self.criteria.wants, {n: parameters[n] for n in sorted(made)})
+
+    def release(self) -> None:
+        """Let go of what only the criterion needs, until the next `watch`."""
+        self._records.release()
+
+    def try_criteria(self) -> None:
+        """Score once, with numbers in place of records, so that what fails does so early."""
+        parameters = dict(self.model.named_parameters())
+        criterion = self.criteria.reading(lambda need, name: stand_in(need, parameters[name]))
+        axes = [axis for axis in self._axes if axis.bundles]
+        require_scales(parameters, axes, criterion)
+        for axis in axes:
+            unit_scores(parameters, axis, criterion, relative=self.context == "global")
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _carry_out(self, decision: Decision, optimizer: Any) -> Plan:
+        self._cut = decision.plan, cut_for(decision.plan, self.model).kept
+        super()._carry_out(decision, optimizer)
+        self._decision = None
+        self._refresh()
+        return decision.plan
+
+    def _refresh(self) -> None:
+        if not self.knows(self.model):
+            raise RuntimeError(
+                "the network was cut by something else since this pruner looked at it: make a "
+                "new one, which starts from the network as it is"
+            )
+
+    def _follow(self) -> None:
+        """The coupling and what the criterion compares with follow the last cut, once."""
+        plan, kept = self._cut
+        before = replace(self._coupling, axes=tuple(self._axes))
+        after = remaining(before, kept, self.model, self.inputs)
+        self._records.change(lambda name, copy: _left_of(copy, plan, plain(name)))
+        self._records.renew()
+        self._coupling, self._axes, self._shapes = after, list(after.axes), shapes(self.model)
+
+    def _expected(self) -> dict[Dim, int]:
+        """The shapes that the last cut leaves, if it came about."""
+        kept = self._cut[1]
+        sizes = {dim: len(kept[dim]) if dim in kept else n for dim, n in self._shapes.items()}
+        return {dim: n for dim, n in sizes.items() if n > 1}
+
+    def _trained(self, axes: Sequence[Axis]) -> list[Axis]:
+        parameters = dict(self.model.named_parameters())
+        return [axis.trained(parameters) for axis in axes]
+
+    def _gone(self) -> list[int]:
+        """How many units of each axis were removed."""
+        axes = zip(self._earlier, self._first, self._axes, strict=True)
+        return [n + a.size - b.size for n, a, b in axes]
+
+    def _counted(self) -> list[tuple[int, int]]:
+        """For each axis how many bundles of the start count, and how many of these are gone."""
+        counted = []
+        axes = zip(self._trained(self._first), self._earlier, self._gone(), strict=True)
+        for axis, earlier, gone in axes:
+            n = axis.bundles
+            counted.append((n + earlier // axis.blocks, gone // axis.blocks) if n else (0, 0))
+        return counted
+
+    def _missing(self, share: float) -> int | list[int]:
+        """How many bundles are still to go: over all axes under 'global', or of each."""
+        counted = self._counted()
+        if self.context == "global":
+            return round(share * sum(n for n, _ in counted)) - sum(gone for _, gone in counted)
+        return [round(share * n) - gone for n, gone in counted]
+
+
+def _removed(after: Plan | None, network: nn.Module, axes: Sequence[Axis]) -> list[int]:
+    """How many units of each axis a plan has removed that led to this network."""
+    if after is None:
+        return [0] * len(axes)
+    must_lead_to(after, network)
+    cuts = list(after.axes)
+    removed = []
+    for axis in axes:
+        known = (c for c in cuts if (c.name, c.after) == (plain(axis.name), axis.size))
+        cut = next(known, None)
+        if cut is None:
+            raise ValueError(
+                f"the plan knows no {axis.size} channels of {plain(axis.name)!r}: pass the plan of "
+                f"all cuts since the network was dense, as in callback.plan"
+            )
+        cuts.remove(cut)
+        removed.append(cut.before - cut.after)
+    return removed
+
+
+def _left_of(copy: Tensor, plan: Plan, name: str) -> Tensor:
+    return smaller(copy, cuts_of(plan, name), steps_of(plan, name))

@@ -1,0 +1,1 @@
+"""Penalties on groups of weights, so that removing them later costs less."""

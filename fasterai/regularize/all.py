@@ -1,0 +1,4 @@
+"""Penalties on groups of weights: `from fasterai.regularize.all import *`."""
+
+from .callback import *
+from .penalties import *

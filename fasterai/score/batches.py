@@ -1,0 +1,101 @@
+"""Batches as loaders give them, in the form a network takes them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..coupling.inputs import Inputs, random_state_kept
+
+__all__ = ["Batch", "as_batch", "drawn"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of a network and what the loss compares its outputs with.
+
+    Args:
+        inputs: all of them.
+        targets: any, also none; what the loss takes after the outputs.
+        size: how many examples.
+    """
+
+    inputs: Inputs
+    targets: tuple[Any, ...]
+    size: int
+
+    def each(self) -> Iterator[Batch]:
+        """A batch of each single example."""
+        for i in range(self.size):
+
+            def one(x: Any, i: int = i) -> Any:
+                several = isinstance(x, Tensor) and x.ndim and len(x) == self.size
+                return x[i : i + 1] if several else x
+
+            args, kwargs = tree_map(one, (self.inputs.args, dict(self.inputs.kwargs)))
+            yield Batch(Inputs(args, kwargs, 1), tree_map(one, self.targets), 1)
+
+
+def as_batch(batch: Any, model: nn.Module, n_inp: int | None = None) -> Batch:
+    """A batch on the model's device, its floats in the model's type, as plain tensors.
+
+    Args:
+        batch: a tuple or list of inputs and then targets, of which all but the last are inputs; a
+            mapping, which the network takes by keywords and the loss as it is; or a tensor.
+        model: the network.
+        n_inp: how many of a tuple are inputs, where it is known; fastai's loaders tell.
+    """
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    if not floats:
+        raise ValueError("the model has no weights to score")
+    dtype, device = floats[0].dtype, floats[0].device
+
+    def fit(x: Any) -> Any:
+        return x.detach().as_subclass(Tensor).to(device) if isinstance(x, Tensor) else x
+
+    def cast(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    batch = tree_map(fit, dict(batch) if isinstance(batch, Mapping) else batch)
+    if isinstance(batch, dict):
+        inputs, targets = batch, (batch,)
+    elif isinstance(batch, tuple | list):
+        n_inp = max(len(batch) - 1, 1) if n_inp is None else n_inp
+        inputs, targets = tuple(batch[:n_inp]), tuple(batch[n_inp:])
+    else:
+        inputs, targets = batch, ()
+    inputs = Inputs.of(tree_map(cast, inputs), samples=None)
+    if inputs.samples is None:
+        shapes = [tuple(x.shape) for x in inputs.tensors]
+        raise ValueError(
+            f"the inputs of a batch must have the examples along their first dimension, got the "
+            f"shapes {shapes}"
+        )
+    return Batch(inputs, targets, inputs.samples)
+
+
+@contextmanager
+def drawn(loader: Iterable[Any], model: nn.Module) -> Iterator[None]:
+    """While this lasts, batches may be drawn; the random state is put back, the loader's too."""
+    rng = getattr(loader, "rng", None)
+    state = rng.getstate() if isinstance(rng, random.Random) else None
+    owners = (loader, getattr(loader, "sampler", None))
+    generators = [getattr(owner, "generator", None) for owner in owners]
+    generators = [g for g in generators if isinstance(g, torch.Generator)]
+    states = [g.get_state() for g in generators]
+    try:
+        with random_state_kept(model):
+            yield
+    finally:
+        if state is not None:
+            rng.setstate(state)
+            loader.rng = rng
+        for generator, before in zip(generators, states, strict=True):
+            generator.set_state(before)

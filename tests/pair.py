@@ -1,0 +1,77 @@
+"""Two processes that train together, on CPUs through gloo, and do what tests send them."""
+
+import multiprocessing as mp
+import os
+import pickle
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+START = 300  # seconds for the imports
+WAIT = 90  # seconds; who takes longer hangs
+
+
+class Pair:
+    """Call it with a function and its arguments: both processes run it, results come as a list."""
+
+    def __init__(self, folder):
+        self.folder, self.starts, self.running = folder, 0, []
+
+    def __call__(self, func, *args, **kwargs):
+        if not self.running:
+            self._start()
+        for _, pipe in self.running:
+            pipe.send(pickle.dumps((func, args, kwargs)))
+        results = []
+        for rank, (_, pipe) in enumerate(self.running):
+            if not pipe.poll(WAIT):
+                self.stop()
+                raise TimeoutError(f"process {rank} hangs")
+            fine, result = pickle.loads(pipe.recv())
+            if not fine:
+                self.stop()
+                raise AssertionError(f"process {rank}: {result}")
+            results.append(result)
+        return results
+
+    def stop(self):
+        for process, _ in self.running:
+            process.kill()
+            process.join()
+        self.running = []
+
+    def _start(self):
+        context, self.starts = mp.get_context("spawn"), self.starts + 1
+        for rank in range(2):
+            here, there = context.Pipe()
+            where = f"file://{self.folder}/store{self.starts}"
+            process = context.Process(target=_serve, args=(rank, where, there), daemon=True)
+            process.start()
+            self.running.append((process, here))
+        if not all(pipe.poll(START) and pipe.recv() for _, pipe in self.running):
+            self.stop()
+            raise TimeoutError("the processes do not start")
+
+
+def _serve(rank, where, pipe):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "1"}
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=where, rank=rank, world_size=2, timeout=timedelta(seconds=START)
+    )
+    import fastai.distributed  # noqa: F401  (slow)
+    import test_processes  # noqa: F401
+
+    pipe.send(True)
+    while True:
+        try:
+            func, args, kwargs = pickle.loads(pipe.recv())
+            answer = True, func(*args, **kwargs)
+        except EOFError:
+            return
+        except BaseException:
+            answer = False, traceback.format_exc()
+        pipe.send(pickle.dumps(answer))
