@@ -39,13 +39,13 @@ def test_linear_layers_are_as_close_as_any_of_that_rank(sizes, bias):
     values = torch.linalg.svdvals(layer.weight.detach())
     for rank in range(1, min(sizes) + 1):
         small = factored(layer, rank)
-        product = small[1].weight @ small[0].weight
+        product = (small[1].weight @ small[0].weight).detach()
         best = values[rank:].square().sum().sqrt()  # Eckart and Young
         assert float((product - layer.weight).norm()) == pytest.approx(float(best), abs=1e-12)
         assert (small[0].bias is None) and (small[1].bias is not None) == bias
         x = torch.randn(3, sizes[0], dtype=torch.float64)
         bound = torch.linalg.norm(product - layer.weight, 2) * x.norm(dim=1).max()
-        assert float((small(x) - layer(x)).norm(dim=1).max()) <= float(bound) + 1e-12
+        assert float((small(x) - layer(x)).detach().norm(dim=1).max()) <= float(bound) + 1e-12
 
 
 def unfolded(weight, dim):
@@ -54,7 +54,7 @@ def unfolded(weight, dim):
 
 def whole(small):
     """The weight that a product of a 1x1 conv, a conv and a 1x1 conv amounts to."""
-    a, b, c = (part.weight.flatten(2) for part in small)
+    a, b, c = (part.weight.detach().flatten(2) for part in small)
     return torch.einsum("or,rsk,si->oik", c[..., 0], b, a[..., 0])
 
 
@@ -62,7 +62,7 @@ def test_convs_come_closer_than_one_truncation_of_each_side():
     torch.manual_seed(0)
     conv = nn.Conv2d(10, 12, 3).double()
     for ranks in ((1, 1), (4, 5), (9, 3), (10, 12)):
-        lost = (whole(factored(conv, *ranks)) - conv.weight.flatten(2)).square().sum()
+        lost = (whole(factored(conv, *ranks)) - conv.weight.detach().flatten(2)).square().sum()
         sides = [
             unfolded(conv.weight, 1)[ranks[0] :].sum(),
             unfolded(conv.weight, 0)[ranks[1] :].sum(),
