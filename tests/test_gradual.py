@@ -295,6 +295,28 @@ def test_an_interrupt_between_the_cut_and_what_follows_it(monkeypatch):
     assert widths(model) == widths(other) and pruner.reached() == 0.5
 
 
+class Beside(nn.Module):
+    """Few channels and many, side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.few, self.many = conv(3, 2), conv(3, 8)
+        self.mix, self.head = conv(10, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = torch.cat([self.few(x), self.many(x)], 1).relu()
+        return self.head(self.mix(x).relu().mean((2, 3)))
+
+
+def test_a_single_channel_that_is_left_keeps_nothing_else_back():
+    model = make(Beside)
+    pruner = GradualPruner(model, images())
+    for share, many in ((0.5, 4), (0.75, 2)):
+        pruner.prune_to(share)
+        assert model.few.weight.shape[0] == 1 and model.many.weight.shape[0] == many
+        assert model.mix.weight.shape[1] == 1 + many
+
+
 def test_few_channels_are_left_one_by_one():
     model = nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 6), nn.ReLU(), nn.Flatten())
     model.append(nn.Linear(6 * 64, 4))

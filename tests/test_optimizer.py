@@ -360,6 +360,13 @@ def test_no_model_is_kept_alive_by_its_plan():
     assert seen() is None and plan.removed
 
 
+def test_without_an_optimizer_all_gradients_go():
+    model = make(Residual).train()
+    loss_of(model(images(4))).backward()
+    Pruner(model, images()).prune_model(0.5)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_gradients_that_were_accumulated_are_carried():
     model = make(Residual, torch.float64).train()
     optimizer = optim.SGD(model.parameters(), 0.1)

@@ -18,7 +18,7 @@ from fastai.callback.core import (
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import minimum  # noqa: F401  (patches Learner)
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -30,7 +30,7 @@ from test_callback import Items, data, learner
 from test_company import COMPANY, OnCPU
 from torch import nn, optim
 
-from fasterai.core.criteria import grad_crit, movement, random_scores
+from fasterai.core.criteria import grad_crit, large_final, movement, random_scores
 from fasterai.core.schedule import agp, dsd, lin, one_shot
 from fasterai.measure.profile import macs
 from fasterai.prune.callback import PruneCallback
@@ -145,9 +145,22 @@ def test_limits_hold(context):
 # --- one fit after another ------------------------------------------------------------------------
 
 
-def test_a_second_fit_goes_on_to_the_same_target_and_a_new_callback_starts_anew():
+class Judge(TrackerCallback):
+    """How many epochs a tracker judges."""
+
+    def before_fit(self):
+        super().before_fit()
+        self.judged = 0
+
+    def after_epoch(self):
+        super().after_epoch()
+        self.judged += 1
+
+
+@pytest.mark.parametrize("criteria", [large_final, movement])
+def test_a_second_fit_goes_on_to_the_same_target_and_a_new_callback_starts_anew(criteria):
     learn = learner()
-    cb = PruneCallback(0.5, schedule=QUICK)
+    cb = PruneCallback(0.5, criteria=criteria, schedule=QUICK)
     stop = Raise(CancelFitException(), "after_batch", 2)
     fit(learn, 2, cb, stop)
     assert learn.model.c1.weight.shape[0] == 12 and cb.reached() == 0.25
@@ -158,6 +171,14 @@ def test_a_second_fit_goes_on_to_the_same_target_and_a_new_callback_starts_anew(
     assert learn.model.c1.weight.shape[0] == 8 and cb.report()["out_before"].max() == 16
     fit(learn, 1, PruneCallback(0.5, schedule=QUICK))
     assert learn.model.c1.weight.shape[0] == 4
+
+
+def test_trackers_wait_for_the_last_cut_and_not_where_there_is_none():
+    learn, judge = learner(), Judge()
+    cb = fit(learn, 3, PruneCallback(0.5, schedule=lin.over(0.1, 0.6, n_steps=3)), judge)
+    assert judge.judged == 2
+    fit(learn, 3, cb, judge)
+    assert judge.judged == 3
 
 
 @pytest.mark.parametrize("context", ["local", "global"])

@@ -19,7 +19,7 @@ _RANK = "pass it to prune_model, as in Pruner(model, example_inputs).prune_model
 FORMER = {  # up to 0.4.1
     "context": _RANK,
     "criteria": _RANK,
-    "data": "criteria see weights and gradients; there are none that need activations",
+    "data": "score on it first, as in criteria=score(model, dl, wanda)",
     "end_epoch": _SPAN,
     "end_sparsity": "pass sparsity=0.4, or sparsity=(0.1, 0.4) to start from 0.1",
     "ignored_layers": "pass exclude, names or types of layers",

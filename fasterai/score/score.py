@@ -117,7 +117,7 @@ def _needs(asked: Sequence[Criterion]) -> set[str]:
     known = (*GATHERED, "gradient")
     for criterion in asked:
         if not isinstance(criterion, Criterion):
-            raise TypeError(f"score takes criteria such as taylor or apoz, got {criterion!r}")
+            raise TypeError(f"score takes criteria such as taylor or apoz, got {criterion!r:.80}")
         if not any(need in known for need in criterion.needs):
             raise ValueError(
                 f"criterion {criterion.name or criterion.func!r} needs no data: pass it as it is, "
