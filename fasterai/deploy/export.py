@@ -4,49 +4,130 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..core.names import unwrapped
-from ..coupling.inputs import Inputs, plainly, run_quietly
+from ..coupling.inputs import Inputs, plainly, run_quietly, tensors_in
 from ..prune.check import differences
 from .comparison import copied
 
 __all__ = ["export_onnx", "export_program"]
 
-_BATCHES = 1, 3, 8
-
 
 def export_program(
     model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True
 ) -> ExportedProgram:
-    """The `torch.export` program of a network in eval mode, for any batch size.
+    """The `torch.export` program of a network in eval mode, seen to compute the same.
 
     It needs no code of the network's: `torch.export.save(program, file)`, and elsewhere
-    `torch.export.load(file).module()`. It has tensors of its own.
+    `torch.export.load(file).module()`. It has tensors of its own. It is run on the example inputs,
+    on random ones and, where the batch is dynamic, on batches of 1, 3 and 8. The cache of keys and
+    values that a language model returns is left out.
 
     Args:
         model: the network; it is left as it was.
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
-        dynamic_batch: the first dimension of all inputs may have any size.
+        dynamic_batch: the first dimension of all inputs, where they agree on it, may have any size.
 
     Raises:
         ValueError: torch cannot follow the network, or not for any batch size.
+        RuntimeError: the program computes something else.
     """
+    network, inputs = _ready(model, example_inputs)
+    dynamic = dynamic_batch and inputs.samples is not None
+    program = _program(network, inputs, dynamic)
+    runs = program.module()
+    _must_agree(network, _batches(inputs, dynamic), lambda x: tensors_in(x(runs)), "the program")
+    return program
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Any,
+    file: str | os.PathLike[str],
+    *,
+    dynamic_batch: bool = True,
+) -> float:
+    """Write a network in eval mode to an ONNX file that onnxruntime was seen to run alike.
+
+    It is run as `export_program` tells. Tensors of more than 2 GB go to a file beside it.
+
+    Args:
+        model: the network; it is left as it was.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        file: where to; written when all was checked.
+        dynamic_batch: the first dimension of all inputs, where they agree on it, may have any size.
+
+    Returns:
+        The largest difference of an output, as a share of the largest output.
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is missing.
+        ValueError: torch cannot follow the network, or ONNX has no words for it.
+        RuntimeError: onnxruntime does not run it, or computes something else.
+    """
+    must_have("onnx", "onnxscript", "onnxruntime")
+    file = _writable(file)
+    network, inputs = _ready(model, example_inputs)
+    dynamic = dynamic_batch and inputs.samples is not None
+    program = _program(network, inputs, dynamic)
+    try:
+        with torch.no_grad():
+            onnx = torch.onnx.export(program, dynamo=True, verbose=False)
+    except Exception as error:  # of many kinds
+        raise ValueError(
+            f"the network cannot be written as ONNX: {type(error).__name__}: {error}"
+        ) from error
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        onnx.save(Path(folder, file.name))
+        with _session(Path(folder, file.name)) as run:
+            batches = _batches(inputs, dynamic)
+            apart = _must_agree(network, batches, run, "onnxruntime")
+        for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == file.name):
+            os.replace(part, file.parent / part.name)  # the network itself last
+    return apart
+
+
+def must_have(*packages: str) -> None:
+    """Refuse what needs packages that are not there.
+
+    Raises:
+        ImportError: one is missing.
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} missing: pip install {' '.join(missing)}")
+
+
+def _writable(file: str | os.PathLike[str]) -> Path:
+    """The path of a file in a folder that is there."""
+    file = Path(file)
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {file.parent} for {file.name}: make it first")
+    return file
+
+
+def _ready(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Inputs]:
     network, inputs = unwrapped(model), Inputs.of(example_inputs, samples=None)
     inputs.check(network)
-    dynamic = dynamic_batch and inputs.samples is not None
+    return network, inputs
+
+
+def _program(network: nn.Module, inputs: Inputs, dynamic: bool) -> ExportedProgram:
+    """The program, not compared with the network yet."""
     if dynamic:
-        inputs = inputs.at_least(2).copies()  # a batch of 1 is taken for a constant
-    shapes = _dynamic(inputs) if dynamic else None
-    network = copied(network).eval()
+        inputs = inputs.at_least(2)  # a batch of 1 is taken for a constant
+    inputs, shapes = inputs.copies(), _dynamic(inputs) if dynamic else None
+    network = _plain(copied(network).eval())
     try:
         with _unfused(), torch.no_grad():
             return torch.export.export(
@@ -60,45 +141,17 @@ def export_program(
         ) from error
 
 
-def export_onnx(
-    model: nn.Module,
-    example_inputs: Any,
-    file: str | os.PathLike[str],
-    *,
-    dynamic_batch: bool = True,
-) -> float:
-    """Write a network in eval mode to an ONNX file that onnxruntime was seen to run alike.
-
-    It is run on the example inputs, on random ones and, where the batch is dynamic, on batches
-    of 1, 3 and 8. Tensors of more than 2 GB go to a file beside it.
-
-    Args:
-        model: the network; it is left as it was.
-        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
-        file: where to; written when all was checked.
-        dynamic_batch: the first dimension of all inputs may have any size.
-
-    Returns:
-        The largest difference of an output, as a share of the largest output.
-
-    Raises:
-        ValueError: torch cannot follow the network.
-        RuntimeError: onnxruntime computes something else.
-    """
-    program = export_program(model, example_inputs, dynamic_batch=dynamic_batch)
-    with torch.no_grad():
-        onnx = torch.onnx.export(program, dynamo=True, verbose=False)
-    inputs = Inputs.of(example_inputs, samples=None)
-    batches = [inputs, inputs.random_like()]
-    if dynamic_batch and inputs.samples is not None:
-        batches += [batches[1].batch(n) for n in _BATCHES]
-    file = Path(file)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        onnx.save(Path(folder, file.name))
-        apart = _apart(unwrapped(model), batches, Path(folder, file.name))
-        for part in Path(folder).iterdir():
-            os.replace(part, file.parent / part.name)
-    return apart
+def _plain(network: nn.Module) -> nn.Module:
+    """A network that gives plain tensors: without fastai's casts, without caches of keys."""
+    for module in list(network.modules()):
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None):
+            config.use_cache = False
+        for name, child in module.named_children():
+            kind = getattr(child, "tensor_cls", None)
+            if isinstance(kind, type) and issubclass(kind, Tensor):
+                module._modules[name] = nn.Identity()
+    return network
 
 
 def _dynamic(inputs: Inputs) -> Any:
@@ -120,26 +173,67 @@ def _unfused() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def _apart(model: nn.Module, batches: Sequence[Inputs], file: Path) -> float:
-    """The largest relative difference between a model and its file; see `export_onnx`."""
-    import onnxruntime
+# --- whether it computes the same ----------------------------------------------------------------
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    providers = ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(file, options, providers=providers)
-    names = [x.name for x in session.get_inputs()]
-    expected, got = [], []
+
+def _batches(inputs: Inputs, dynamic: bool) -> list[Inputs]:
+    """The example inputs first, then random ones and, where that may be, other batch sizes."""
+    random = inputs.random_like()
+    if not dynamic:
+        return [inputs, random]
+    return [inputs, inputs.batch(1), inputs.batch(8), random, random.batch(3)]
+
+
+def _must_agree(
+    model: nn.Module, batches: Sequence[Inputs], run: Callable[[Inputs], list[Tensor]], who: str
+) -> float:
+    """The largest relative difference between a model's outputs and those of `run`.
+
+    Raises:
+        RuntimeError: it is more than rounding, or something cannot be run.
+    """
+    expected: list[list[Tensor]] = []
+    got: list[list[Tensor]] = []
     for batch in batches:
-        feed = dict(zip(names, (x.cpu().numpy() for x in batch.tensors), strict=True))
-        got.append([torch.from_numpy(y) for y in session.run(None, feed)])
-        with run_quietly(model), plainly():
-            out = batch(model)
-        expected.append([y.cpu() for y in tree_leaves(out) if isinstance(y, Tensor)])
+        try:
+            with run_quietly(model), plainly():
+                found = [y.cpu() for y in tensors_in(batch(model))]
+        except Exception:  # whatever user code raises on random inputs
+            if not expected:
+                raise
+            continue
+        expected.append(found)
+        try:
+            with torch.no_grad(), plainly():
+                got.append([y.cpu() for y in run(batch)])
+        except Exception as error:  # of many kinds
+            raise RuntimeError(
+                f"{who} cannot run the network on {batch}: {type(error).__name__}: {error}"
+            ) from error
     apart = differences(expected, got)
     if not apart.small:
         raise RuntimeError(
-            f"onnxruntime's outputs differ from the network's by {apart.relative:.0e} of the "
-            f"largest; nothing was written"
+            f"{who} computes something else: outputs differ by {apart.relative:.0e} of the largest"
         )
     return apart.relative
+
+
+@contextmanager
+def _session(file: Path) -> Iterator[Callable[[Inputs], list[Tensor]]]:
+    """Lets onnxruntime run a file on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors come as exceptions
+    opened: list[Any] = []
+
+    def run(inputs: Inputs) -> list[Tensor]:
+        if not opened:
+            providers = ["CPUExecutionProvider"]
+            opened.append(onnxruntime.InferenceSession(file, options, providers=providers))
+        names = [x.name for x in opened[0].get_inputs()]
+        feed = dict(zip(names, (x.cpu().numpy() for x in inputs.tensors), strict=True))
+        return [torch.from_numpy(y) for y in opened[0].run(None, feed)]
+
+    yield run
+    opened.clear()
