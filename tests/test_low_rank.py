@@ -1,13 +1,17 @@
 """Products of smaller layers: exact at full rank, as close as can be below, within the budget."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from networks import Plain, Residual, TwoHeads, apart, images, make
 from torch import nn
 
+from fasterai.deploy.export import export_onnx
 from fasterai.deploy.low_rank import factored, low_rank
+from fasterai.measure.profile import compare, macs
+from fasterai.prune.pruner import Pruner
 
 CONVS = [
     (nn.Conv1d(6, 9, 3, padding=1), (6, 9)),
@@ -35,17 +39,17 @@ def test_convs_are_exact_at_full_rank(conv, ranks):
 @pytest.mark.parametrize("sizes", [(12, 7), (7, 12), (5, 5)])
 def test_linear_layers_are_as_close_as_any_of_that_rank(sizes, bias):
     torch.manual_seed(0)
-    layer = nn.Linear(*sizes, bias=bias).double()
+    layer = nn.Linear(*sizes, bias=bias).double().requires_grad_(False)
     values = torch.linalg.svdvals(layer.weight.detach())
     for rank in range(1, min(sizes) + 1):
         small = factored(layer, rank)
-        product = (small[1].weight @ small[0].weight).detach()
+        product = small[1].weight @ small[0].weight
         best = values[rank:].square().sum().sqrt()  # Eckart and Young
         assert float((product - layer.weight).norm()) == pytest.approx(float(best), abs=1e-12)
         assert (small[0].bias is None) and (small[1].bias is not None) == bias
         x = torch.randn(3, sizes[0], dtype=torch.float64)
         bound = torch.linalg.norm(product - layer.weight, 2) * x.norm(dim=1).max()
-        assert float((small(x) - layer(x)).detach().norm(dim=1).max()) <= float(bound) + 1e-12
+        assert float((small(x) - layer(x)).norm(dim=1).max()) <= float(bound) + 1e-12
 
 
 def unfolded(weight, dim):
@@ -124,6 +128,137 @@ def test_the_ranks_are_the_best_that_the_budget_allows():
         assert table["rank"][0] == min(fits)[1]
 
 
+# --- one budget for all layers -------------------------------------------------------------------
+
+
+def decaying(out, inside, decay):
+    """A linear layer whose singular values fall by that factor."""
+    layer = nn.Linear(inside, out, bias=False).double()
+    left, _, right = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+    values = decay ** torch.arange(min(out, inside), dtype=torch.float64)
+    layer.weight = nn.Parameter(left @ torch.diag(values) @ right)
+    return layer
+
+
+def losses(layer):
+    """What a linear layer costs and loses at each rank that saves something, and whole."""
+    values = torch.linalg.svdvals(layer.weight.detach()).square()
+    out, inside = layer.weight.shape
+    ranks = [r for r in range(1, len(values)) if r * (out + inside) < out * inside]
+    lost = [(r * (out + inside), float(values[r:].sum() / values.sum()), r) for r in ranks]
+    return [*lost, (out * inside, 0.0, None)]
+
+
+def best(layers, budget):
+    """The least that can be lost in all, of all combinations."""
+    every = itertools.product(*map(losses, layers))
+    return min(sum(x[1] for x in some) for some in every if sum(x[0] for x in some) <= budget)
+
+
+def energy(table):
+    """What is lost in all."""
+    return float((table["error"].fillna(0) ** 2).sum())
+
+
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.45, 0.6, 0.8, 1.0])
+def test_no_other_ranks_lose_less(share):
+    """Against all combinations."""
+    torch.manual_seed(0)
+    shapes = [(16, 16, 0.5), (16, 16, 0.8), (16, 16, 0.95), (8, 16, 0.9), (24, 8, 0.6)]
+    layers = [decaying(*shape) for shape in shapes]
+    model, x = nn.Sequential(*layers, nn.Linear(24, 2)).double(), torch.randn(2, 16).double()
+    _, table = low_rank(model, x, share, context="global")
+    budget = share * sum(layer.weight.numel() for layer in layers)
+    assert table["params_after"].sum() <= budget
+    assert energy(table) == pytest.approx(best(layers, budget), abs=1e-9)
+
+
+def test_large_budgets_are_counted_in_larger_units(monkeypatch):
+    """Coarse ones here: hardly more may be lost, and a share of 1 keeps all."""
+    torch.manual_seed(0)
+    layers = [decaying(16, 16, decay) for decay in (0.5, 0.7, 0.8, 0.9, 0.95)]
+    model, x = nn.Sequential(*layers, nn.Linear(16, 2)).double(), torch.randn(2, 16).double()
+    monkeypatch.setattr("fasterai.deploy.ranks._UNITS", 60)
+    for share in (0.3, 0.5, 0.7, 0.9, 1.0):
+        _, table = low_rank(model, x, share, context="global")
+        assert table["params_after"].sum() <= share * 5 * 256
+        assert energy(table) <= best(layers, (share - 0.05 * (share < 1)) * 5 * 256) + 1e-9
+
+
+def weights(model, names):
+    parts = [m for name in names for m in model.get_submodule(name).modules()]
+    return sum(m.weight.numel() for m in parts if hasattr(m, "weight"))
+
+
+def test_a_share_for_all_loses_less_than_that_share_of_each():
+    model, x = make(Residual), images(2)
+    for share in (0.3, 0.6):
+        _, each = low_rank(model, x, share)
+        small, together = low_rank(model, x, share, context="global")
+        names = each["layer"].tolist()
+        assert weights(small, names) <= share * weights(model, names)
+        assert energy(together) < energy(each)
+
+
+@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize("kind", [Plain, Residual, TwoHeads])
+def test_budgets_of_macs(kind, context):
+    """Strided convs read more places than they write."""
+    model, x = make(kind), images(2)
+    dense = macs(model, x)
+    for share in (0.4, 0.8):
+        small, table = low_rank(model, x, share, of="macs", context=context)
+        table = table[table["reason"].isin(["", "the budget is enough for it as it is"])]
+        left = macs(small, x)
+        counted = [left[name] / dense[name] for name in table["layer"]]
+        total = sum(left[n] for n in table["layer"]) / sum(dense[n] for n in table["layer"])
+        assert len(table) and total <= share
+        if context == "local":
+            assert max(counted) <= share
+        assert left[""] < dense[""]
+
+
+def test_a_budget_that_cannot_be_kept_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    x = torch.randn(2, 4)
+    with pytest.raises(ValueError, match="a share of 0.4 cannot be reached: .* 0.500 remain"):
+        low_rank(model, x, 0.4, context="global")
+    assert set(low_rank(model, x, 0.5, context="global")[1]["rank"]) == {1}
+    with pytest.raises(ValueError, match="'weights' or 'macs', got 'flops'"):
+        low_rank(model, x, 0.5, of="flops")
+    with pytest.raises(ValueError, match="'local' or 'global', got 'all'"):
+        low_rank(model, x, 0.5, context="all")
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        nn.init.zeros_(self.a.weight)
+
+    def forward(self, x):
+        return self.c(self.a(x))
+
+
+def test_layers_without_energy_and_layers_that_do_not_run():
+    x = torch.randn(2, 8)
+    small, table = low_rank(Unused(), x, 0.5, of="macs", context="global")
+    assert table["rank"][0] == 1 and table["error"][0] == 0
+    assert table["reason"][1] == "it did not run on the example inputs"
+    assert low_rank(Unused(), x, 0.5)[1]["reason"].tolist() == ["", ""]
+
+
+def test_pruned_networks_go_on_to_other_runtimes(tmp_path):
+    model, x = make(Residual), images(2)
+    Pruner(model, x).prune_model(0.5)
+    small, table = low_rank(model, x, 0.6, context="global")
+    assert (table["reason"] == "").any()
+    costs = compare({"pruned": model, "low rank": small}, x, seconds=0.01)
+    assert costs.loc["low rank", "parameters"] < costs.loc["pruned", "parameters"]
+    assert costs.loc["low rank", "parameters"] == sum(p.numel() for p in small.parameters())
+    assert export_onnx(small, x, tmp_path / "a.onnx") < 1e-4
+
+
 class Peeking(nn.Module):
     def __init__(self):
         super().__init__()
@@ -138,6 +273,8 @@ def test_what_must_stay_is_named():
     small, table = low_rank(Peeking(), x, 0.5)
     assert type(small.a) is nn.Linear and type(small.b) is nn.Sequential
     assert "without it the network breaks" in table["reason"][0]
+    _, table = low_rank(Peeking(), x, 0.5, context="global")  # that of the other layer alone
+    assert "without it" in table["reason"][0] and table["rank"][1] == 2
     tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
     tied[1].weight = tied[0].weight
     assert set(low_rank(tied, x, 0.5)[1]["reason"]) == {"it shares a parameter with another layer"}

@@ -9,21 +9,21 @@ arXiv 1511.06530), by higher-order SVD and then alternating updates (De Lathauwe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from math import prod
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core.masks import as_fraction
+from ..core.masks import as_context, as_fraction
 from ..core.names import LayerChoice, pick, unwrapped
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs, run_quietly, tensors_in
 from ..coupling.probe import settle
 from .comparison import copied
+from .ranks import Choice, choices, spent
 
 __all__ = ["factored", "low_rank"]
 
@@ -36,50 +36,59 @@ def low_rank(
     example_inputs: Any,
     share: float,
     *,
+    context: str = "local",
+    of: str = "weights",
     layers: LayerChoice | Iterable[LayerChoice] | None = None,
     exclude: LayerChoice | Iterable[LayerChoice] = (),
 ) -> tuple[nn.Module, pd.DataFrame]:
-    """A copy of a network whose layers are products of smaller ones, with fewer parameters.
+    """A copy of a network whose layers are products of smaller ones, within a budget.
 
-    Each layer keeps at most that share of its weights, in the form of that size that is closest to
-    it. The outputs change with that: train the copy on. It consists of plain layers alone.
+    Each layer takes the form of its size that is closest to it, or stays whole. The outputs change
+    with that: train the copy on. It consists of plain layers alone.
 
     Args:
         model: the network; it is left as it was.
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
-        share: of each layer's weights that remains, between 0 and 1.
+        share: of the layers' weights or MACs that remains at most, between 0 and 1.
+        context: 'local': that share of each layer; 'global': of all of them together, spent so
+            that the layers keep most of the energy of their weights.
+        of: 'weights' or 'macs'.
         layers: names or types; default every linear layer and conv but the output layer.
         exclude: names or types of layers that stay.
 
     Returns:
         The copy, and a table: `layer`, `rank` (of a conv: in, out), `params_before`,
         `params_after`, `error` (distance of the weights, as a share of their norm) and, where a
-        layer stays, the `reason`.
+        layer stays, the `reason`. The budget is that of the layers that could be taken apart.
 
     Raises:
-        ValueError: no fraction, an unknown layer, or inputs the network cannot be run on.
+        ValueError: no fraction, an unknown layer, inputs the network cannot be run on, or a global
+            share that ranks of 1 exceed.
     """
-    model, share = unwrapped(model), as_fraction(share, "share")
+    model, share, context = unwrapped(model), as_fraction(share, "share"), as_context(context)
+    if of not in ("weights", "macs"):
+        raise ValueError(f"of must be 'weights' or 'macs', got {of!r}")
     inputs = Inputs.fitting(model, example_inputs)
-    names = _chosen(model, inputs, layers, exclude)
     modules, owners = dict(model.named_modules()), _owners(model)
-    rows: dict[str, dict[str, Any]] = {}
+    names = _chosen(model, inputs, layers, exclude)
+    reasons = {name: _unfit(modules[name], owners) for name in names}
+    places = _places(model, inputs, names) if of == "macs" else {}
+    for name, (_, often) in places.items():
+        reasons[name] = reasons[name] or ("" if often else "it did not run on the example inputs")
+    forms = {n: choices(modules[n], places.get(n, (1, 1))) for n in names if not reasons[n]}
     new: dict[str, nn.Sequential] = {}
-    for name in names:
-        layer = modules[name]
-        rows[name] = {"params_before": _size(layer), "reason": _unfit(layer, owners)}
-        ranks = () if rows[name]["reason"] else _ranks(layer, share)
-        if ranks:
-            new[name] = factored(layer, *ranks)
-            rows[name] |= _about(layer, new[name], ranks)
-        elif not rows[name]["reason"]:
-            rows[name]["reason"] = "no product of smaller layers is that small"
-    for name, why in _breaking(model, inputs, new).items():
-        del new[name]
-        rows[name] = {"params_before": _size(modules[name]), "reason": why}
+    while True:
+        taken = _taken(forms, share, context)
+        reasons |= {name: _why(choice) for name, choice in taken.items()}
+        new = {n: _made(modules[n], c, new.get(n)) for n, c in taken.items() if c and c.ranks}
+        failed = _breaking(model, inputs, new)
+        if not failed:
+            break
+        reasons |= failed
+        forms = {name: some for name, some in forms.items() if name not in failed}
+    rows = [_row(name, modules[name], new.get(name), reasons[name]) for name in names]
     columns = ["layer", "rank", "params_before", "params_after", "error", "reason"]
-    table = pd.DataFrame([{"layer": name, **row} for name, row in rows.items()], columns=columns)
-    return _with(model, new), table
+    return _with(model, new), pd.DataFrame(rows, columns=columns)
 
 
 def factored(layer: nn.Module, *ranks: int) -> nn.Sequential:
@@ -147,28 +156,62 @@ def _onto(basis: Tensor, x: Tensor, dim: int) -> Tensor:
     return torch.tensordot(basis, x, ([0], [dim])).movedim(0, dim)
 
 
-def _ranks(layer: nn.Module, share: float) -> tuple[int, ...]:
-    """Ranks that leave at most that share of a layer's weights; empty if there are none."""
-    weight = layer.weight.detach().cpu().double()
-    (out, inside), places = weight.shape[:2], prod(weight.shape[2:])
-    most = int(share * weight.numel())
-    if places == 1:
-        rank = most // (out + inside)
-        return (rank,) if rank else ()
-    lost = [_tails(weight.transpose(0, 1)), _tails(weight)]
-    found = []
-    for i in range(1, inside + 1):
-        o = min(out, (most - i * inside) // (i * places + out))
-        if o > 0:
-            found.append((float(lost[0][i] + lost[1][o]), (i, o)))
-    return min(found)[1] if found else ()
+# --- how small, within the budget ----------------------------------------------------------------
 
 
-def _tails(x: Tensor) -> Tensor:
-    """What is lost of the squared norm of x (n, ...) in its best subspace of 0, 1, ..., n."""
-    flat = x.flatten(1)
-    values = torch.linalg.eigvalsh(flat @ flat.t()).clamp(min=0)  # the smallest first
-    return torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
+def _taken(
+    forms: Mapping[str, Sequence[Choice]], share: float, context: str
+) -> Mapping[str, Choice | None]:
+    """The form of each layer; None where all are too large."""
+    whole = {name: some[-1].cost for name, some in forms.items()}
+    if context == "local":
+        within = {n: [c for c in some if c.cost <= share * whole[n]] for n, some in forms.items()}
+        return {name: some[-1] if some else None for name, some in within.items()}
+    found = spent(share * sum(whole.values()), forms)
+    if found is None:
+        least = sum(some[0].cost for some in forms.values()) / sum(whole.values())
+        raise ValueError(
+            f"a share of {share:g} cannot be reached: with ranks of 1 {least:.3f} remain; pass "
+            f"more than that"
+        )
+    return found
+
+
+def _why(choice: Choice | None) -> str:
+    """Why a layer stays as it is, or ''."""
+    if choice is None:
+        return "no product of smaller layers is that small"
+    return "" if choice.ranks else "the budget is enough for it as it is"
+
+
+def _made(layer: nn.Module, choice: Choice, before: nn.Sequential | None) -> nn.Sequential:
+    """A layer in that form, which may have been made before."""
+    same = before is not None and _rank(before) == choice.ranks
+    return before if same else factored(layer, *choice.ranks)
+
+
+def _places(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """At how many places each layer reads and writes."""
+    found = dict.fromkeys(names, (0, 0))
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
+            reads = tensors_in((args, kwargs))[0].numel() // layer.weight.shape[1]
+            writes = out.numel() // layer.weight.shape[0]
+            found[name] = found[name][0] + reads, found[name][1] + writes
+
+        return hook
+
+    twin = copied(model)
+    for name in names:
+        twin.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True)
+    with run_quietly(twin):
+        inputs(twin)
+    return found
+
+
+def _rank(new: nn.Sequential) -> tuple[int, ...]:
+    return tuple(part.weight.shape[0] for part in new[:-1])
 
 
 # --- which layers, and what becomes of them ------------------------------------------------------
@@ -206,15 +249,18 @@ def _size(layer: nn.Module) -> int:
     return sum(p.numel() for p in layer.parameters())
 
 
-def _about(layer: nn.Module, new: nn.Sequential, ranks: Sequence[int]) -> dict[str, Any]:
+def _row(name: str, layer: nn.Module, new: nn.Sequential | None, reason: str) -> dict[str, Any]:
+    row = {"layer": name, "params_before": _size(layer)}
+    if new is None:
+        return row | {"params_after": _size(layer), "reason": reason}
     first, *core, last = (part.weight.detach().cpu().double() for part in new)
     whole = torch.tensordot(last.flatten(1), core[0] if core else first, ([1], [0]))
     if core:
         whole = _onto(first.flatten(1), whole, 1)
     weight = layer.weight.detach().cpu().double()
     error = float((whole.reshape(weight.shape) - weight).norm() / weight.norm().clamp(min=1e-300))
-    rank = ranks[0] if len(ranks) == 1 else tuple(ranks)
-    return {"rank": rank, "params_after": _size(new), "error": error}
+    rank = _rank(new) if core else _rank(new)[0]
+    return row | {"rank": rank, "params_after": _size(new), "error": error, "reason": ""}
 
 
 def _breaking(model: nn.Module, inputs: Inputs, new: Mapping[str, nn.Sequential]) -> dict[str, str]:
