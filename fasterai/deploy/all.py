@@ -4,6 +4,7 @@ from .export import *
 from .files import *
 from .fold import *
 from .low_rank import *
+from .quantize import *
 from .semi_structured import *
 from .sparse_files import *
 from .sparse_layers import *

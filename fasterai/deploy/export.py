@@ -76,7 +76,7 @@ def export_onnx(
         RuntimeError: onnxruntime does not run it, or computes something else.
     """
     must_have("onnx", "onnxscript", "onnxruntime")
-    file = _writable(file)
+    file = writable(file)
     network, inputs = _ready(model, example_inputs)
     dynamic = dynamic_batch and inputs.samples is not None
     program = _program(network, inputs, dynamic)
@@ -89,9 +89,8 @@ def export_onnx(
         ) from error
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         onnx.save(Path(folder, file.name))
-        with _session(Path(folder, file.name)) as run:
-            batches = _batches(inputs, dynamic)
-            apart = _must_agree(network, batches, run, "onnxruntime")
+        run = _feeding(Path(folder, file.name))
+        apart = _must_agree(network, _batches(inputs, dynamic), run, "onnxruntime")
         for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == file.name):
             os.replace(part, file.parent / part.name)  # the network itself last
     return apart
@@ -108,8 +107,12 @@ def must_have(*packages: str) -> None:
         raise ImportError(f"{', '.join(missing)} missing: pip install {' '.join(missing)}")
 
 
-def _writable(file: str | os.PathLike[str]) -> Path:
-    """The path of a file in a folder that is there."""
+def writable(file: str | os.PathLike[str]) -> Path:
+    """The path of a file that can be written.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
     file = Path(file)
     if not file.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {file.parent} for {file.name}: make it first")
@@ -218,22 +221,25 @@ def _must_agree(
     return apart.relative
 
 
-@contextmanager
-def _session(file: Path) -> Iterator[Callable[[Inputs], list[Tensor]]]:
-    """Lets onnxruntime run a file on the CPU."""
+def _feeding(file: Path) -> Callable[[Inputs], list[Tensor]]:
+    """Lets onnxruntime run a file."""
+    opened: list[Any] = []
+
+    def run(inputs: Inputs) -> list[Tensor]:
+        session = opened[0] if opened else session_of(file)
+        opened[:] = [session]
+        names = [x.name for x in session.get_inputs()]
+        feed = dict(zip(names, (x.cpu().numpy() for x in inputs.tensors), strict=True))
+        return [torch.from_numpy(y) for y in session.run(None, feed)]
+
+    return run
+
+
+def session_of(file: Path) -> Any:
+    """An onnxruntime session on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors come as exceptions
-    opened: list[Any] = []
-
-    def run(inputs: Inputs) -> list[Tensor]:
-        if not opened:
-            providers = ["CPUExecutionProvider"]
-            opened.append(onnxruntime.InferenceSession(file, options, providers=providers))
-        names = [x.name for x in opened[0].get_inputs()]
-        feed = dict(zip(names, (x.cpu().numpy() for x in inputs.tensors), strict=True))
-        return [torch.from_numpy(y) for y in opened[0].run(None, feed)]
-
-    yield run
-    opened.clear()
+    providers = ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(file, options, providers=providers)
