@@ -18,6 +18,7 @@ from ..core.processes import refuse_sharded
 from ..coupling.couple import couple
 from ..coupling.labels import Dim, dims_of
 from ..coupling.probe import Removal
+from ..coupling.units import Axis, Coupling
 from ..measure.profile import counted, layer_costs, macs
 from .check import Differences, observe
 from .constants import Constants
@@ -73,6 +74,7 @@ class Pruner:
         self._before = layer_costs(model, counts)
         self._couple()
 
+    @explain_former()
     def prune_model(
         self,
         sparsity: float | None = None,
@@ -113,6 +115,7 @@ class Pruner:
             warnings.warn(f"nothing was removed: {why}", stacklevel=2)
         return self.model
 
+    @explain_former()
     def plan_for(
         self,
         sparsity: float | None = None,
@@ -170,6 +173,11 @@ class Pruner:
         """
         self._refresh()
         return axes_table(self._axes)
+
+    def coupled(self) -> tuple[Coupling, list[Axis]]:
+        """The units of the network as it is now, and its axes, what is excluded pinned."""
+        self._refresh()
+        return self._coupling, self._axes
 
     def draw(self) -> Any:
         """A picture of the channel groups: graphviz where it is installed, matplotlib else."""
