@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from cifar import IMAGENET, cifar, pretrained
+from cifar import cifar, pretrained
 
 from fasterai.core.criteria import (
     fpgm,
@@ -84,9 +84,9 @@ def arguments():
 def main():
     args = arguments()
     torch.manual_seed(0)
-    (x, y), _ = cifar(args.data / "cifar10", args.images, *IMAGENET)
+    (x, y), _ = cifar(args.data / "cifar10", args.images)
     batches = list(zip(x.split(args.batch), y.split(args.batch), strict=True))
-    model = pretrained(args.data / WEIGHTS).to(args.device)
+    model = pretrained(20, args.data / "weights").to(args.device)
     options = {"loss_func": F.cross_entropy, "n_batches": None}
     args.out.mkdir(exist_ok=True)
     begin = time.perf_counter()

@@ -20,39 +20,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cifar import cifar
+from cifar import Augment, cifar, is_there, loaders
 from fastai.callback.core import Callback
 from fastai.callback.schedule import minimum  # noqa: F401  (patches Learner)
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from prune_cost import cifar_resnet
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from fasterai.measure.profile import macs
 from fasterai.prune.callback import PruneCallback
 
 HERE = Path(__file__).parent
 STEPS, ROUNDS = 4, 5
-
-
-class Items(TensorDataset):
-    def new_empty(self):
-        return Items(*(t[:0] for t in self.tensors))
-
-
-class Augment(Callback):
-    """Flips and shifts, the shift the same for a batch."""
-
-    run_valid = False
-
-    def before_batch(self):
-        x = self.learn.xb[0]
-        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
-        i, j = torch.randint(9, (2,)).tolist()
-        self.learn.xb = (F.pad(x, (4, 4, 4, 4))[..., i : i + 32, j : j + 32],)
 
 
 class Clock(Callback):
@@ -112,12 +92,8 @@ class Timed(PruneCallback):
 
 def train(sparsity, data, args):
     torch.manual_seed(0)
-    (x, y), (xt, yt) = data
-    loaders = [
-        DataLoader(Items(*part), bs=args.batch, shuffle=i == 0, drop_last=i == 0, num_workers=0)
-        for i, part in enumerate(((x, y), (xt, yt)))
-    ]
-    dls = DataLoaders(*loaders, device=args.device)
+    x, y = data[0]
+    dls = loaders(data, args.batch, args.device)
     model = cifar_resnet(20).train().to(args.device)
     learn = Learner(dls, model, nn.CrossEntropyLoss(), metrics=accuracy)
     clock = Clock((x[: args.batch].to(args.device), y[: args.batch].to(args.device)))
@@ -151,7 +127,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=HERE / "out" / "prune_while_training.jsonl")
     args = parser.parse_args()
-    if args.data is not None and not (args.data / "cifar10_labels.npz").exists():
+    if args.data is not None and not is_there(args.data):
         parser.error(f"no CIFAR-10 in {args.data}: cifar10_labels.npz is missing")
     data = cifar(args.data, args.images)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
