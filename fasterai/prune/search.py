@@ -135,7 +135,6 @@ def particle_search(
         now = now[_drawn(own, generator)]
         step = torch.randn(now.shape, generator=generator, dtype=now.dtype)
         now = (1 - noise**2) ** 0.5 * now + noise * step
-        now[0] = kept
     if not math.isfinite(best):
         raise ValueError(f"no mask of {particles * rounds} gave a finite loss")
     return swarm.criterion(kept, best, history)
