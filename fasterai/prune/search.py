@@ -27,8 +27,9 @@ from ..coupling.surgery import shadowed
 from ..score.batches import in_memory
 from ..score.oracle import measured
 from ..score.removing import mean_loss
+from .amounts import counts_of
 from .pruner import Pruner
-from .select import lowest_units, shares
+from .select import lowest_units
 from .trial import Trial
 
 __all__ = ["Searched", "particle_search"]
@@ -162,7 +163,8 @@ class _Swarm:
         self._ranked = [a for a, axis in enumerate(self._axes) if axis.bundles]
         if not self._ranked:
             raise ValueError("the model has nothing to prune: see pruner.axes() for the reasons")
-        self._counts = shares(self._axes, share, context)
+        free = [axis.bundles for axis in self._axes]
+        self._counts = counts_of(share, self._axes, free, context)
         self._sizes = [len(self._axes[a].free) for a in self._ranked]
 
     def removal(self, state: Tensor) -> Removal:
