@@ -1,6 +1,8 @@
 """Everything that removes: `from fasterai.prune.all import *`."""
 
 from ..core.criteria import *
+from ..core.target import *
+from .budget import *
 from .callback import *
 from .gradual import *
 from .optimizer import *

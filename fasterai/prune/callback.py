@@ -16,8 +16,10 @@ from ..core.masks import Limits, as_context, as_fraction
 from ..core.names import LayerChoice, as_choices
 from ..core.processes import must_renew, renew
 from ..core.schedule import Chain, Schedule, agp, goes_down
+from ..core.target import Target
 from ..fit.callback import ScheduledCallback
 from ..measure.profile import macs
+from .budget import Reached
 from .gradual import GradualPruner
 from .optimizer import check_optimizer
 from .plan import Plan
@@ -43,8 +45,11 @@ class PruneCallback(ScheduledCallback):
     Frozen layers are left alone and do not count.
 
     Args:
-        sparsity: the share of the units to remove, a fraction in [0, 1].
-        context: 'local' removes it from each group of coupled layers, 'global' from all together.
+        sparsity: the share of the units to remove, a fraction in [0, 1]; or a `Target`, such as
+            `Target(macs=0.5)`: the schedule then takes the network from what it costs at the start
+            to there. One that cannot be met raises `UnreachableTarget` before training.
+        context: 'local' removes it from each group of coupled layers, 'global' from all together;
+            for a target, what is least important for what it costs.
         criteria: scores of weights, higher = keep. Initial weights are those at the start of each
             fit, previous ones those after the last cut. Gradients are those of the optimizer step,
             unscaled. An update at which there is nothing to compare waits for the next step.
@@ -70,7 +75,7 @@ class PruneCallback(ScheduledCallback):
     @explain_former()
     def __init__(
         self,
-        sparsity: float,
+        sparsity: float | Target,
         context: str = "local",
         criteria: Criterion | Callable[[Tensor], Tensor] = large_final,
         schedule: Schedule | Chain | Callable[[float], float] = agp.over(n_steps=10),  # noqa: B008
@@ -85,7 +90,9 @@ class PruneCallback(ScheduledCallback):
         hold_trackers: bool = True,
     ) -> None:
         super().__init__(criteria, schedule, hold_trackers)
-        self.sparsity, self.context = as_fraction(sparsity), as_context(context)
+        is_target = isinstance(sparsity, Target)
+        self.sparsity = sparsity if is_target else as_fraction(sparsity)
+        self.context = as_context(context)
         Limits(min_keep, round_to)
         self.min_keep, self.round_to = min_keep, round_to
         self.exclude, self.example_inputs = as_choices(exclude), example_inputs
@@ -106,6 +113,11 @@ class PruneCallback(ScheduledCallback):
     def plan(self) -> Plan | None:
         """All that was cut since the callback first saw the network, and `after`, as one plan."""
         return self._seen().whole_plan
+
+    @property
+    def budget(self) -> Reached | None:
+        """What became of the target at the last cut; see `Reached`."""
+        return self._seen().budget
 
     def plot_sparsity(self, ax: Any = None) -> Any:
         """Draw the share of the units that is gone over the steps of the last fit."""
@@ -131,6 +143,8 @@ class PruneCallback(ScheduledCallback):
             return False
         self._pruner.criteria = self.gather()
         self._pruner.try_criteria()  # one that fails does so before training
+        if isinstance(self.sparsity, Target):
+            self._pruner.check(self.sparsity)
         self._pruner.criteria = self.criteria
         if _is_compiled(self.learn.model) and not self.arrived():
             self.warn(
@@ -143,7 +157,7 @@ class PruneCallback(ScheduledCallback):
     def go(self, share: float, before: float) -> None:
         """Cut as far as the schedule says."""
         self._pruner.criteria = self.scored()
-        plan = self.agreed(lambda: self._pruner.plan_to(share * self.sparsity))
+        plan = self.agreed(lambda: self._pruner.plan_to(self.sparsity, share))
         if plan is not None:
             self._pruner.carry_out(plan, optimizer=self.learn.opt)
             self.after_cut()

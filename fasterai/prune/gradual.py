@@ -13,11 +13,13 @@ from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.masks import Limits, as_context, as_fraction
 from ..core.names import LayerChoice, plain, unwrapped
 from ..core.records import Records, stand_in
+from ..core.target import Target
 from ..coupling.labels import PRODUCE, Dim
 from ..coupling.ranking import require_scales, unit_scores
 from ..coupling.remaining import remaining
 from ..coupling.surgery import smaller
 from ..coupling.units import Axis
+from .budget import Budget
 from .fitting import cut_for, cuts_of, must_lead_to, steps_of
 from .plan import Plan
 from .pruner import Pruner, shapes
@@ -29,6 +31,8 @@ __all__ = ["GradualPruner"]
 
 class GradualPruner(Pruner):
     """Prunes a network on its way: `prune_to(0.5)` means half of the units there were at first.
+
+    `prune_to(Target(macs=0.5))` means half of the MACs there were at first.
 
     ```python
     pruner = GradualPruner(model, x)
@@ -81,34 +85,42 @@ class GradualPruner(Pruner):
         self._cut: tuple[Plan | None, Mapping[Dim, Tensor]] = None, {}
         self.watch()
 
-    def prune_to(self, sparsity: float, *, optimizer: Any = None) -> nn.Module:
+    def prune_to(
+        self, sparsity: float | Target, *, share: float = 1.0, optimizer: Any = None
+    ) -> nn.Module:
         """Remove units until this share of those at the start is gone; returns the model.
 
         Args:
-            sparsity: a fraction in [0, 1]; nothing happens where as many are gone already.
+            sparsity: a fraction in [0, 1], or a `Target`; nothing happens where as many are gone
+                already.
+            share: of the way from the network at the start to there.
             optimizer: see `Pruner.prune_model`.
 
         Raises:
             RuntimeError: something else cut the network meanwhile.
             NothingToCompare: the criterion compares, and sees no difference.
+            UnreachableTarget: no cut can meet the target.
         """
-        plan = self.plan_to(sparsity)
+        plan = self.plan_to(sparsity, share)
         if plan is not None:
             self.carry_out(plan, optimizer=optimizer)
         return self.model
 
-    def plan_to(self, sparsity: float) -> Plan | None:
+    def plan_to(self, sparsity: float | Target, share: float = 1.0) -> Plan | None:
         """What `prune_to` would do; None where that is nothing."""
         self._refresh()
-        if self.arrived(sparsity):
-            return None
-        missing = self._missing(as_fraction(sparsity))
-        criterion = self.criteria.reading(self._records)
-        axes, gone = self._trained(self._axes), self._gone()
-        chosen = ranked_units(self.model, axes, missing, criterion, self.limits, gone)
-        where = self.model, self.inputs, self._coupling, axes
-        self._decision = self._tried(Trial(*where, verify=self.verify), *chosen)
-        return self._decision.plan if self._decision.plan.removed else None
+        if isinstance(sparsity, Target):
+            decision = self._decide_to(sparsity, as_fraction(share, "share"))
+        else:
+            decision = self._decide_share(as_fraction(sparsity) * as_fraction(share, "share"))
+        self._decision = decision
+        return decision.plan if decision is not None and decision.plan.removed else None
+
+    def check(self, target: Target) -> None:
+        """Raise an `UnreachableTarget` where no cut can meet this one; nothing is changed."""
+        self._refresh()
+        budget = self._budget_of(target)
+        budget.check(target.goal(budget.dense()))
 
     def carry_out(self, plan: Plan, *, optimizer: Any = None) -> None:
         """Cut as `plan_to` says, of this pruner or of its like in another process."""
@@ -123,8 +135,11 @@ class GradualPruner(Pruner):
         counted = self._counted()
         return sum(gone for _, gone in counted) / max(1, sum(n for n, _ in counted))
 
-    def arrived(self, sparsity: float) -> bool:
+    def arrived(self, sparsity: float | Target) -> bool:
         """Whether as many are gone already."""
+        if isinstance(sparsity, Target):
+            budget = self._budget_of(sparsity)
+            return budget.met(sparsity.goal(budget.dense()))
         missing = self._missing(as_fraction(sparsity))
         return (missing if isinstance(missing, int) else max(missing, default=0)) <= 0
 
@@ -176,6 +191,34 @@ class GradualPruner(Pruner):
             unit_scores(parameters, axis, criterion, relative=self.context == "global")
 
     # --- inside --------------------------------------------------------------------------------
+
+    def _decide_share(self, share: float) -> Decision | None:
+        if self.arrived(share):
+            return None
+        criterion = self.criteria.reading(self._records)
+        axes, gone = self._trained(self._axes), self._gone()
+        chosen = ranked_units(self.model, axes, self._missing(share), criterion, self.limits, gone)
+        where = self.model, self.inputs, self._coupling, axes
+        return self._tried(Trial(*where, verify=self.verify), *chosen)
+
+    def _decide_to(self, target: Target, share: float) -> Decision | None:
+        """The same for a budget, which moves from what the dense network costs to the target."""
+        budget = self._budget_of(target)
+        dense = budget.dense()
+        goal = dense + share * (target.goal(dense) - dense)
+        if budget.measured() <= goal and (share < 1 or budget.met(goal)):
+            return None
+        counted = self._counted()
+
+        def missing(part: float) -> list[int]:
+            return [round(part * n) - gone for n, gone in counted]
+
+        even = missing if self.context == "local" else None
+        criterion = self.criteria.reading(self._records)
+        return self._within(budget, dense, goal, criterion, even, self.verify, share)
+
+    def _budget_of(self, target: Target) -> Budget:
+        return self._budget(target, self._trained(self._axes), self.limits, self._gone())
 
     def _carry_out(self, decision: Decision, optimizer: Any) -> Plan:
         self._cut = decision.plan, cut_for(decision.plan, self.model).kept

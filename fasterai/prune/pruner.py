@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -15,16 +16,19 @@ from ..core.former import explain_former
 from ..core.masks import Limits, as_context, as_fraction
 from ..core.names import LayerChoice, pick
 from ..core.processes import refuse_sharded
+from ..core.target import Target
 from ..coupling.couple import couple
 from ..coupling.labels import Dim, dims_of
 from ..coupling.probe import Removal
+from ..coupling.units import Axis
 from ..measure.profile import counted, layer_costs, macs
+from .budget import Budget, Reached
 from .check import Differences, observe
 from .constants import Constants
 from .explain import axes_table, draw_axes
 from .optimizer import remember
 from .plan import Plan, make_plan
-from .select import Stay, ranked_units, shares, zero_units
+from .select import Stay, pinned_units, ranked_units, shares, zero_units
 from .trial import Decision, Trial
 
 __all__ = ["Pruner"]
@@ -50,6 +54,7 @@ class Pruner:
     Attributes:
         max_abs_diff, max_rel_diff: the largest difference of the outputs it caused, absolute and
             relative to the largest output, on the example and on random inputs.
+        budget: what became of the last `Target`, see `Reached`; None without one.
     """
 
     @explain_former("the share, context and criteria go to prune_model(0.4)")
@@ -69,13 +74,14 @@ class Pruner:
         self._plans: list[Plan] = []
         self.max_abs_diff: float | None = None
         self.max_rel_diff: float | None = None
+        self.budget: Reached | None = None
         self._stay: list[Stay] = []
         self._before = layer_costs(model, counts)
         self._couple()
 
     def prune_model(
         self,
-        sparsity: float | None = None,
+        sparsity: float | Target | None = None,
         *,
         context: str = "local",
         criteria: Criterion | Callable[[Tensor], Tensor] = large_final,
@@ -88,8 +94,11 @@ class Pruner:
 
         Args:
             sparsity: None removes the units that are zero, exactly. A fraction removes that
-                share of the free units, the lowest scores first.
-            context: 'local' ranks within each axis, 'global' over the whole network.
+                share of the free units, the lowest scores first. A `Target` removes as many as
+                it takes to meet a budget, which counts from the network as it is now.
+            context: 'local' ranks within each axis, 'global' over the whole network. For a target
+                'local' removes an equal share of each axis, 'global' what is least important for
+                what it costs.
             criteria: scores of weights, higher = keep.
             round_to: widths become multiples of this; fewer units go, where needed.
             min_keep: units that stay in each axis, at least.
@@ -99,8 +108,8 @@ class Pruner:
 
         A cut is taken back where the smaller network does not run, wires channels together that
         do not belong together, or computes something else: nothing else, for None; than the
-        network that ignores the removed channels, for a fraction. What stays is named in
-        `kept()`.
+        network that ignores the removed channels, for a fraction or target. What stays is named in
+        `kept()`. A target that cannot be met raises `UnreachableTarget`; nothing changes then.
 
         Tensors change their shapes: an optimizer that is not given here must be carried, see
         `carry_optimizer`, or start afresh, as in `learn.fit(..., reset_opt=True)`.
@@ -115,7 +124,7 @@ class Pruner:
 
     def plan_for(
         self,
-        sparsity: float | None = None,
+        sparsity: float | Target | None = None,
         *,
         context: str = "local",
         criteria: Criterion | Callable[[Tensor], Tensor] = large_final,
@@ -204,6 +213,8 @@ class Pruner:
                 "Sparsifier(model, 'filter').sparsify_model({...}), then call prune_model()"
             )
         criterion = as_criterion(criteria)
+        if isinstance(sparsity, Target):
+            return self._decide_within(sparsity, context, criterion, limits, verify)
         share = None if sparsity is None else as_fraction(sparsity)
         self._refresh()
         where = self.model, self.inputs, self._coupling, self._axes
@@ -217,6 +228,63 @@ class Pruner:
             chosen = ranked_units(self.model, self._axes, counts, criterion, limits)
             trial = Trial(*where, verify=verify)
         return self._tried(trial, *chosen)
+
+    def _decide_within(
+        self, target: Target, context: str, criterion: Criterion, limits: Limits, verify: bool
+    ) -> Decision:
+        """The same for a budget."""
+        self._refresh()
+        budget = self._budget(target, self._axes, limits, None)
+        dense = budget.dense()
+
+        def shares_of(share: float) -> list[int]:
+            return shares(self._axes, share, "local")
+
+        even = shares_of if context == "local" else None
+        return self._within(budget, dense, target.goal(dense), criterion, even, verify)
+
+    def _budget(
+        self, target: Target, axes: Sequence[Axis], limits: Limits, gone: Sequence[int] | None
+    ) -> Budget:
+        return Budget(target, self.model, self.inputs, self._coupling, axes, limits, gone)
+
+    def _within(
+        self,
+        budget: Budget,
+        dense: float,
+        goal: float,
+        criterion: Criterion,
+        even: Callable[[float], Sequence[int]] | None,
+        verify: bool,
+        share: float = 1.0,
+    ) -> Decision:
+        """What meets a goal; where some of it cannot go, without that.
+
+        Args:
+            budget: what the network and cuts of it cost.
+            dense: what the dense network costs.
+            goal: what it may cost.
+            criterion: scores of weights.
+            even: how many bundles of each axis a share is; None goes by importance.
+            verify: compare outputs.
+            share: of the way to the target.
+        """
+        kept: list[Stay] = []
+        while True:
+            queues = budget.queues(criterion, share)
+            remove, predicted, measured = budget.choose(queues, goal, even)
+            where = self.model, self.inputs, self._coupling, budget.axes
+            trial = Trial(*where, verify=verify)
+            decision = self._tried(trial, remove, [*kept, *pinned_units(budget.axes)])
+            if not trial.failed:
+                reached = Reached(budget.target, dense, goal, predicted, measured)
+                return replace(decision, reached=reached)
+            kept += [
+                (budget.axes[a].name, u, reason)
+                for a, reason in trial.failed.items()
+                for u in remove[a].nonzero().flatten().tolist()
+            ]
+            budget = budget.without(trial.failed)
 
     def _tried(self, trial: Trial, wanted: Removal, stay: list[Stay]) -> Decision:
         """What of the units that are wanted can go."""
@@ -235,7 +303,7 @@ class Pruner:
         plan.apply(self.model, optimizer=optimizer)
         remember(plan, self.model)
         self._plans.append(plan)
-        self._stay = decision.stay
+        self._stay, self.budget = decision.stay, decision.reached
         apart = decision.apart if plan.removed else Differences(0.0, 0.0, True)
         self.max_abs_diff = apart.absolute if apart else None
         self.max_rel_diff = apart.relative if apart else None
