@@ -18,66 +18,21 @@ import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from cifar import Augment, cifar, is_there, loaders
 from fastai.callback.core import Callback
 from fastai.callback.schedule import minimum  # noqa: F401  (patches Learner)
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from prune_cost import cifar_resnet
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from fasterai.measure.profile import macs
 from fasterai.prune.callback import PruneCallback
 
 HERE = Path(__file__).parent
-MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 STEPS, ROUNDS = 4, 5
-
-
-def sheet(file):
-    """(10000, 3, 32, 32) images from a sheet of 100 x 100."""
-    from PIL import Image
-
-    pixels = np.asarray(Image.open(file).convert("RGB"))
-    tiles = pixels.reshape(100, 32, 100, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
-    x = torch.from_numpy(tiles.copy()).permute(0, 3, 1, 2).float() / 255
-    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
-
-
-def cifar(folder, images):
-    """Training and test images and labels."""
-    if folder is None:
-        random = torch.Generator().manual_seed(0)
-        x, y = torch.randn(images, 3, 32, 32, generator=random), torch.arange(images) % 10
-        return (x, y), (x[:1000], y[:1000])
-    labels = np.load(folder / "cifar10_labels.npz")
-    files = [folder / f"cifar10_train_{i + 1}.webp" for i in range(-(-images // 10000))]
-    x = torch.cat([sheet(file) for file in files])[:images]
-    y = torch.from_numpy(labels["train"][: len(x)].astype(np.int64))
-    test = sheet(folder / "cifar10_test.webp")
-    return (x, y), (test, torch.from_numpy(labels["test"].astype(np.int64)))
-
-
-class Items(TensorDataset):
-    def new_empty(self):
-        return Items(*(t[:0] for t in self.tensors))
-
-
-class Augment(Callback):
-    """Flips and shifts, the shift the same for a batch."""
-
-    run_valid = False
-
-    def before_batch(self):
-        x = self.learn.xb[0]
-        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
-        i, j = torch.randint(9, (2,)).tolist()
-        self.learn.xb = (F.pad(x, (4, 4, 4, 4))[..., i : i + 32, j : j + 32],)
 
 
 class Clock(Callback):
@@ -137,12 +92,8 @@ class Timed(PruneCallback):
 
 def train(sparsity, data, args):
     torch.manual_seed(0)
-    (x, y), (xt, yt) = data
-    loaders = [
-        DataLoader(Items(*part), bs=args.batch, shuffle=i == 0, drop_last=i == 0, num_workers=0)
-        for i, part in enumerate(((x, y), (xt, yt)))
-    ]
-    dls = DataLoaders(*loaders, device=args.device)
+    x, y = data[0]
+    dls = loaders(data, args.batch, args.device)
     model = cifar_resnet(20).train().to(args.device)
     learn = Learner(dls, model, nn.CrossEntropyLoss(), metrics=accuracy)
     clock = Clock((x[: args.batch].to(args.device), y[: args.batch].to(args.device)))
@@ -176,7 +127,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=HERE / "out" / "prune_while_training.jsonl")
     args = parser.parse_args()
-    if args.data is not None and not (args.data / "cifar10_labels.npz").exists():
+    if args.data is not None and not is_there(args.data):
         parser.error(f"no CIFAR-10 in {args.data}: cifar10_labels.npz is missing")
     data = cifar(args.data, args.images)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -124,6 +124,8 @@ def test_criteria_are_values():
         movement.norm = "l2"
     with pytest.raises(ValueError, match="needs must be among initial, previous, gradient"):
         Criterion(torch.sub, needs="weights")
+    with pytest.raises(ValueError, match="needs must be among .*, got 5"):
+        Criterion(torch.abs, needs=5)
     with pytest.raises(ValueError, match="normalised by mean, l2, lamp, none, got 'max'"):
         large_final.normalised("max")
 

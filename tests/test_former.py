@@ -8,6 +8,7 @@ from torch import nn
 
 from fasterai.core.criteria import large_final
 from fasterai.core.former import FORMER, explain_former
+from fasterai.core.schedule import Schedule, agp
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.callback import SparsifyCallback
 from fasterai.sparse.sparsifier import Sparsifier
@@ -35,6 +36,15 @@ X = torch.randn(2, 1, 8, 8)
         (lambda m: SparsifyCallback(0.5, lth=True), r"'lth'.*load_state_dict\(copy\)"),
         (lambda m: Pruner(m, pruning_ratio=0.4), r"'pruning_ratio'.*prune_model\(0.4\)"),
         (lambda m: Pruner(m, 0.4, "local", large_final), "by position, got 4.*go to prune_model"),
+        (
+            lambda m: Pruner(m, X).prune_model(0.5, "global"),
+            "prune_model takes sparsity by position",
+        ),
+        (
+            lambda m: Pruner(m, X).plan_for(0.5, schedule=agp),
+            "plan_for takes no argument 'schedule'",
+        ),
+        (lambda m: Schedule(abs, start_pct=0.2), "Schedule takes no argument 'start_pct'.*over"),
         (lambda m: Pruner(m, X, ignored_layers=[m[0]]), "'ignored_layers': pass exclude"),
     ],
 )

@@ -567,6 +567,9 @@ def test_bad_registrations_change_nothing(registry, dims):
     before = dict(grain._DIMENSIONS)
     with pytest.raises((ValueError, TypeError)):
         register(Experts, dims)
+    for dims in (None, 5, ["o", "i"]):
+        with pytest.raises(TypeError, match="dims must be letters"):
+            register(Experts, dims)
     with pytest.raises(TypeError, match="takes a type of torch.nn.Module"):
         register(Experts(), "e o i")
     assert before == grain._DIMENSIONS

@@ -248,6 +248,8 @@ def telling_fit():
 def saving_fit(folder, hold):
     learn = learner(path=folder)
     cb = PruneCallback(0.5, schedule=lin.over(0.4, 0.9, n_steps=3), hold_trackers=hold)
+    if dist.get_rank():
+        cb._why_useless = lambda saver: "" if not hold else "none"  # what this process would think
     saver = SaveModelCallback(fname=f"best{hold}", comp=lambda a, b: False)
     if hold:
         saver = SaveModelCallback(fname=f"best{hold}")
@@ -273,6 +275,23 @@ def refused(hook):
         learn.fit(1, cbs=PruneCallback(0.5, schedule=STEPS))
     except ValueError as error:
         return str(error), same(before, tensors_of(learn.model))
+
+
+def interrupted_fit():
+    """Ctrl-C right after a cut; then the wrapped network trains on."""
+    learn = learner()
+    learn.remove_cb(learn.progress)
+    learn.logger = list
+    learn.model = DistributedDataParallel(learn.model)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fasterai.prune.gradual.remaining", stop)
+        learn.fit(1, cbs=PruneCallback(0.5, schedule=STEPS))
+    learn.fit(1)
+    return tensors(learn)
 
 
 def tensors_of(model):
@@ -434,6 +453,12 @@ def test_savers_load_the_same_in_both_or_nothing(both, tmp_path, hold):
 def test_what_cannot_follow_a_cut_is_refused(both, hook):
     for text, untouched in both(refused, hook):
         assert ("communication hook" if hook else "process group of its own") in text and untouched
+
+
+def test_an_interrupt_after_a_cut_leaves_the_wrapper_usable(both):
+    first, second = both(interrupted_fit)
+    assert same(first, second)
+    assert first[0][0].shape[0] < make(Residual).stem.weight.shape[0]
 
 
 def test_norms_that_talk_are_traced_without_a_word(both):

@@ -110,7 +110,8 @@ class Criterion:
     def __post_init__(self) -> None:
         if self.reduce not in ("mean", "sum"):
             raise ValueError(f"reduce must be 'mean' or 'sum', got {self.reduce!r}")
-        needs = (self.needs,) if isinstance(self.needs, str) else tuple(self.needs)
+        several = isinstance(self.needs, Iterable) and not isinstance(self.needs, str)
+        needs = tuple(self.needs) if several else (self.needs,)
         if unknown := [need for need in needs if need not in NEEDS]:
             raise ValueError(f"needs must be among {', '.join(NEEDS)}, got {unknown[0]!r}")
         if self.norm not in (None, *NORMS):

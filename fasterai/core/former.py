@@ -21,6 +21,7 @@ FORMER = {  # up to 0.4.1
     "criteria": _RANK,
     "data": "score on it first, as in criteria=score(model, dl, wanda)",
     "end_epoch": _SPAN,
+    "end_pct": _SPAN,
     "end_sparsity": "pass sparsity=0.4, or sparsity=(0.1, 0.4) to start from 0.1",
     "ignored_layers": "pass exclude, names or types of layers",
     "iterative_steps": "prune while training: PruneCallback(0.4, schedule=agp.over(n_steps=5))",
@@ -36,6 +37,7 @@ FORMER = {  # up to 0.4.1
     "sched_func": "pass schedule, as in schedule=agp",
     "schedule": "call prune_model once for each step, and train in between",
     "start_epoch": _SPAN,
+    "start_pct": _SPAN,
     "start_sparsity": "pass sparsity=(0.1, 0.4) to start from 0.1",
 }
 

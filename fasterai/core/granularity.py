@@ -98,11 +98,15 @@ def register(layer_type: type[nn.Module], dims: str | Mapping[str, str]) -> None
         dims: a letter for each dimension of its `weight`, or {parameter name: letters}.
 
     Raises:
-        TypeError: `layer_type` is no module type.
+        TypeError: `layer_type` is no module type, or `dims` neither letters nor a mapping.
         ValueError: `dims` are not distinct lower-case letters.
     """
     if not isinstance(layer_type, type) or not issubclass(layer_type, nn.Module):
         raise TypeError(f"register takes a type of torch.nn.Module first, got {layer_type!r}")
+    if not isinstance(dims, str | Mapping):
+        raise TypeError(
+            f"dims must be letters, such as 'o i', or {{parameter: letters}}, got {dims!r}"
+        )
     given = {"weight": dims} if isinstance(dims, str) else dict(dims)
     named = {}
     for parameter, spelled in given.items():

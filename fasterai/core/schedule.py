@@ -12,6 +12,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from . import curves
+from .former import explain_former
 
 __all__ = [
     "SCHEDULES",
@@ -312,6 +313,8 @@ def _check_moment(name: str, value: Moment) -> None:
 def _step(moment: Moment, total: int) -> int:
     return int(moment) if isinstance(moment, Integral) else round(moment * total)
 
+
+Schedule.__init__ = explain_former()(Schedule.__init__)
 
 agp = Schedule(curves.cubic, 0.2, 0.8, name="agp")
 lin = Schedule(curves.linear, 0.2, 0.8, name="lin")

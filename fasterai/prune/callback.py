@@ -159,8 +159,10 @@ class PruneCallback(ScheduledCallback):
         self._pruner.criteria = self.scored()
         plan = self.agreed(lambda: self._pruner.plan_to(self.sparsity, share))
         if plan is not None:
-            self._pruner.carry_out(plan, optimizer=self.learn.opt)
-            self.after_cut()
+            try:
+                self._pruner.carry_out(plan, optimizer=self.learn.opt)
+            finally:  # an interrupt may come when it is cut
+                self.after_cut()
 
     def agreed(self, planned: Callable[[], Plan | None]) -> Plan | None:
         """The plan that all processes carry out: that of the first. None cuts nothing."""

@@ -79,6 +79,7 @@ class Pruner:
         self._before = layer_costs(model, counts)
         self._couple()
 
+    @explain_former()
     def prune_model(
         self,
         sparsity: float | Target | None = None,
@@ -122,6 +123,7 @@ class Pruner:
             warnings.warn(f"nothing was removed: {why}", stacklevel=2)
         return self.model
 
+    @explain_former()
     def plan_for(
         self,
         sparsity: float | Target | None = None,

@@ -1,0 +1,243 @@
+"""Accuracy that is left when a trained network loses MACs: criteria, contexts, ways of going there.
+
+ResNet-20 on CIFAR-10 from pretrained weights. Each arm prunes to the same share of the MACs, trains
+for the same number of epochs with the same batches, optimizer and learning rates, and is tested. An
+arm runs in a process of its own and leaves a JSON line; arms that have one are not run again.
+
+    python benchmarks/accuracy.py --data FOLDER [--arms criteria ways] [--macs 0.5 0.3 0.2]
+        [--epochs 3] [--images 10000] [--seeds 0] [--minutes 60]
+
+one shot: all units go at once, then all epochs train. gradual: `PruneCallback` with its own
+schedule over the first half. iterative: three cuts over the first 60%. slimming: the norms' scales
+are penalised for the first half of the epochs, then units go at once. distilled: with
+`DistillCallback`, the teacher is the dense network. inner: only channels inside the blocks go.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import platform
+import time
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+HERE = Path(__file__).parent
+CRITERIA = ("large_final", "squared_final", "random_scores", "fpgm", "norm_scale", "taylor")
+CRITERIA += ("taylor_filter", "taylor_maps")
+
+
+def arms(kind: str) -> list[dict]:
+    """What to run: dictionaries of criterion, context, way, distilled, layers."""
+    both = "local", "global"
+    if kind == "criteria":
+        return [arm(c, context) for c in CRITERIA for context in both]
+    if kind == "ways":
+        chosen = "large_final", "fpgm", "taylor_maps"
+        ways = [arm(c, context, way) for c in chosen for context in both for way in WAYS[1:3]]
+        return [*ways, *(arm("norm_scale", context, "slimming") for context in both)]
+    if kind == "labels":
+        return [
+            arm(c, context, way, distilled=False)
+            for c in ("large_final", "taylor_maps")
+            for context in both
+            for way in WAYS[:2]
+        ]
+    if kind == "rates":
+        return [arm("large_final", "local")]
+    return [arm(c, context, inner=True) for c in ("large_final", "taylor_maps") for context in both]
+
+
+WAYS = "one shot", "gradual", "iterative", "slimming"
+
+
+def arm(criterion, context, way="one shot", *, distilled=True, inner=False) -> dict:
+    return dict(criterion=criterion, context=context, way=way, distilled=distilled, inner=inner)
+
+
+def run(arm: dict, share: float, seed: int, args: argparse.Namespace) -> dict:
+    """Prune to a share of the MACs, train, test."""
+    from cifar import Augment, cifar, loaders, pretrained
+    from fastai.callback.core import Callback
+    from fastai.callback.schedule import minimum  # noqa: F401  (patches Learner)
+    from fastai.learner import Learner
+    from fastai.metrics import accuracy
+    from fastai.optimizer import SGD
+    from torch import nn
+
+    from fasterai.distill.callback import DistillCallback
+    from fasterai.measure.profile import macs
+    from fasterai.regularize.callback import RegularizeCallback
+
+    class HalfPrecision(Callback):
+        """bfloat16 on the CPU, and the layout that its convs are quick with."""
+
+        order = 10
+
+        def before_batch(self):
+            self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) for x in self.xb)
+            self.cast = torch.autocast("cpu", torch.bfloat16)
+            self.cast.__enter__()
+
+        def after_loss(self):
+            self.cast.__exit__(None, None, None)
+
+    torch.manual_seed(seed)
+    data = cifar(args.data / "cifar10", args.images)
+    dls = loaders(data, args.batch)
+    model = pretrained(20, args.data / "weights").to(memory_format=torch.channels_last)
+    dense, x = copy.deepcopy(model), data[0][0][:2]
+    learn = Learner(
+        dls, model, nn.CrossEntropyLoss(), metrics=accuracy, opt_func=SGD, wd=5e-4, moms=(0.9,) * 3
+    )
+    learn.logger = lambda _: None
+    extra = [Augment(), HalfPrecision()]
+    if arm["distilled"]:
+        extra.append(DistillCallback(dense))
+    begin = time.perf_counter()
+    epochs = args.epochs
+    with learn.no_bar(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if arm["way"] == "slimming":
+            epochs = args.epochs // 2
+            learn.fit_flat_cos(epochs, args.lr, cbs=[*extra, RegularizeCallback(1e-4, "slimming")])
+            epochs = args.epochs - epochs
+        cbs = cut(arm, share, learn, x)
+        learn.fit_one_cycle(epochs, args.lr, pct_start=0.1, cbs=[*extra, *cbs])
+    seconds = time.perf_counter() - begin
+    column = list(learn.recorder.metric_names).index("accuracy") - 1  # values have no epoch
+    left = macs(model, x)[""] / macs(dense, x)[""]
+    return {
+        "accuracy": learn.recorder.values[-1][column],
+        "macs": left,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(seconds, 1),
+    }
+
+
+def cut(arm: dict, share: float, learn, x) -> list:
+    """Cut at once, or return the callback that will."""
+    import fasterai.core.criteria as of_weights
+    import fasterai.score.all as of_data
+    from fasterai.core.schedule import agp, iterative
+    from fasterai.prune.callback import PruneCallback
+    from fasterai.prune.pruner import Pruner
+
+    criterion = getattr(of_data, arm["criterion"], None) or getattr(of_weights, arm["criterion"])
+    exclude = ["conv1", *RESIDUAL] if arm["inner"] else []
+    scored = criterion
+    if arm["criterion"].startswith("taylor"):
+        scored = of_data.score(
+            learn.model, learn.dls.train, criterion, loss_func=learn.loss_func, progress=False
+        )
+    pruner = Pruner(learn.model, x, exclude=exclude)
+    sparsity = sparsity_for(share, pruner, arm["context"], scored)
+    if arm["way"] in ("one shot", "slimming"):
+        pruner.prune_model(sparsity, context=arm["context"], criteria=scored)
+        return []
+    schedule = agp.over(0, 0.5, n_steps=10) if arm["way"] == "gradual" else iterative.over(0, 0.6)
+    return [
+        PruneCallback(
+            sparsity, arm["context"], criterion, schedule, exclude=exclude, example_inputs=x
+        )
+    ]
+
+
+RESIDUAL = [f"layer{i}.{j}.conv2" for i in (1, 2, 3) for j in range(3)]
+
+
+def sparsity_for(share: float, pruner, context: str, criterion) -> float:
+    """The sparsity that leaves that share of the MACs, by bisection."""
+    from fasterai.measure.profile import macs
+
+    low, high = 0.0, 1.0
+    dense = macs(pruner.model, pruner.inputs)[""]
+    for _ in range(9):
+        middle = (low + high) / 2
+        plan = pruner.plan_for(middle, context=context, criteria=criterion, verify=False)
+        small = copy.deepcopy(pruner.model)
+        plan.apply(small)
+        if macs(small, pruner.inputs)[""] > share * dense:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def child(arm, share, seed, args, send):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    try:
+        found = run(arm, share, seed, args)
+    except Exception as error:  # a line of its own, and the next arm
+        found = {"error": f"{type(error).__name__}: {error}"[:300]}
+    send.send(found)
+
+
+def alone(*job) -> dict:
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(*job, send))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        return {"error": "died"}
+    finally:
+        process.join()
+
+
+def table(lines: list[dict]) -> pd.DataFrame:
+    """Accuracy in percent by arm and share, the mean over seeds."""
+    found = pd.DataFrame([line for line in lines if "accuracy" in line])
+    found["accuracy"] *= 100
+    rows = ["criterion", "context", "way", "distilled", "inner"]
+    return found.pivot_table("accuracy", rows, "share").sort_index(axis=1, ascending=False)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="has cifar10/ and weights/")
+    parser.add_argument("--arms", nargs="+", default=["criteria", "ways", "labels", "inner"])
+    parser.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.3, 0.2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--images", type=int, default=10000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.03)
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no arm after that")
+    parser.add_argument("--out", type=Path, default=HERE / "out" / "accuracy.jsonl")
+    args = parser.parse_args()
+    args.out.parent.mkdir(exist_ok=True)
+    lines = [json.loads(line) for line in args.out.open()] if args.out.exists() else []
+    machine = f"{platform.machine()}, torch {torch.__version__}, 1 thread"
+    budget = {k: getattr(args, k) for k in ("epochs", "images", "batch", "lr")}
+    key = ["criterion", "context", "way", "distilled", "inner", "share", "seed", *budget]
+    done = {tuple(line[k] for k in key) for line in lines}
+    begin = time.monotonic()
+    for seed in args.seeds:
+        for kind in args.arms:
+            for each in arms(kind):
+                for share in args.macs:
+                    line = {**each, "share": share, "seed": seed, **budget}
+                    if tuple(line[k] for k in key) in done:
+                        continue
+                    if time.monotonic() - begin > 60 * args.minutes:
+                        break
+                    line |= {**alone(each, share, seed, args), "machine": machine}
+                    lines.append(line)
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+    print(table(lines).round(2).to_string())
+
+
+if __name__ == "__main__":
+    main()
