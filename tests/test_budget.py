@@ -208,7 +208,7 @@ def test_absolute_numbers_and_shares():
 def test_a_target_that_is_met_already_changes_nothing():
     model = make(Residual)
     before = state(model)
-    with pytest.warns(UserWarning, match="nothing was removed"):
+    with pytest.warns(UserWarning, match="costs no more than Target"):
         Pruner(model, images()).prune_model(Target(macs=1.0))
     assert same(before, model)
     assert Pruner(model, images()).plan_for(Target(parameters=10**9)).removed == 0
@@ -484,3 +484,12 @@ def test_an_interrupted_cut_leaves_the_network_whole(monkeypatch):
     assert count(learn.model) == applied[-1] < count(make(Residual))
     learn.fit(1, cbs=cb)  # and goes on
     assert count(learn.model) <= 0.4 * count(make(Residual))
+
+
+def test_a_cut_that_cannot_run_is_found_by_the_trial(monkeypatch):
+    from fasterai.prune.budget import Budget
+
+    monkeypatch.setattr(Budget, "measured", lambda self, remove=None: None)
+    model = make(Residual)
+    Pruner(model, images()).prune_model(Target(macs=0.5), context="global")
+    assert macs(model, images())[""] <= 0.5 * macs(make(Residual), images())[""]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from os import PathLike
 
 __all__ = ["Target"]
 
@@ -32,6 +33,9 @@ class Target:
             fraction up to 1 is a share of the layer's. The name of a block stands for all its
             layers.
         caps: channels that stay in a layer, at most, by name.
+        batch: samples of a forward that is timed.
+        threads: CPU threads it takes; default those torch uses.
+        table: a file that keeps what layers took on this machine, for later targets.
     """
 
     macs: float | None = None
@@ -41,6 +45,9 @@ class Target:
     speedup: float | None = None
     floors: Mapping[str, float] = field(default_factory=dict)
     caps: Mapping[str, float] = field(default_factory=dict)
+    batch: int = 1
+    threads: int | None = None
+    table: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in (*COUNTED, *TIMED) if getattr(self, name) is not None]
@@ -55,6 +62,11 @@ class Target:
                 f"speedup is how many times as fast the network becomes, 1 or more, got "
                 f"{self.value}; for half the time pass speedup=2"
             )
+        for name in ("batch", "threads"):
+            n = getattr(self, name)
+            whole = isinstance(n, Integral) and not isinstance(n, bool) and n >= 1
+            if not whole and not (n is None and name == "threads"):
+                raise ValueError(f"{name} must be a whole number of 1 or more, got {n!r}")
         for name in ("floors", "caps"):
             widths = getattr(self, name)
             if not isinstance(widths, Mapping):
@@ -98,7 +110,8 @@ class Target:
         return hash((self.kind, self.value))
 
     def __repr__(self) -> str:
-        more = [f", {n}={getattr(self, n)}" for n in ("floors", "caps") if getattr(self, n)]
+        names = ("floors", "caps", *(("batch", "threads") if self.timed else ()))
+        more = [f", {n}={getattr(self, n)}" for n in names if getattr(self, n)]
         return f"Target({self.kind}={self.value}{''.join(more)})"
 
 

@@ -95,8 +95,8 @@ class Budget:
         self._floors = self._widths("floors")
         self._caps = self._widths("caps")
 
-    def measured(self, remove: Removal | None = None) -> float:
-        """What the network costs, or would without these units."""
+    def measured(self, remove: Removal | None = None) -> float | None:
+        """What the network costs, or would without these units; None where it cannot run so."""
         if not remove:
             return self._measure()
         plan = cutting(self.model, self.coupling, self.axes, remove)
@@ -149,12 +149,11 @@ class Budget:
         self.check(goal)
         aim, best, over = goal, None, math.inf
         for _ in range(_ROUNDS):
-            if shares is None:
-                counts = by_importance(self.costs, queues, aim)
-            else:
-                counts = by_share(self.costs, queues, aim, shares)
+            counts = self._counts(queues, aim, shares)
             remove = self._units(queues, counts)
             predicted, measured = self.costs.at(counts), self.measured(remove)
+            if measured is None:  # a trial will tell which axes must stay
+                return remove, predicted, predicted
             if measured <= goal and (best is None or measured > best[2]):
                 best = remove, predicted, measured
             right = math.isclose(predicted, measured, rel_tol=1e-3)
@@ -185,9 +184,24 @@ class Budget:
 
     # --- inside --------------------------------------------------------------------------------
 
+    def _counts(
+        self,
+        queues: Sequence[Queue],
+        aim: float,
+        shares: Callable[[float], Sequence[int]] | None,
+    ) -> list[int]:
+        if shares is None:
+            return by_importance(self.costs, queues, aim)
+        return by_share(self.costs, queues, aim, shares)
+
     def _costs(self) -> Costs:
         kind, count = self.target.kind, len(self.axes)
         if kind == "macs":
+            if self._measure() is None:
+                raise ValueError(
+                    f"{self.target}: the MACs of this network cannot be counted; ask for "
+                    f"parameters or bytes"
+                )
             terms = macs_of_widths(self.model, self.inputs, self.coupling, self.axes)
             return Costs(terms, count)
         if kind == "parameters":
@@ -200,9 +214,9 @@ class Budget:
         content = sum(x.numel() * x.element_size() for x in tensors.values())
         return Costs(terms, count, fixed=self._measure() - content)
 
-    def _measure(self) -> float:
+    def _measure(self) -> float | None:
         if self.target.kind == "macs":
-            return float(macs(self.model, self.inputs)[""])
+            return macs(self.model, self.inputs).get("")
         if self.target.kind == "parameters":
             return float(sum(p.numel() for p in self.model.parameters()))
         return float(saved_bytes(self.model))

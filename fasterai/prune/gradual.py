@@ -24,6 +24,7 @@ from .fitting import cut_for, cuts_of, must_lead_to, steps_of
 from .plan import Plan
 from .pruner import Pruner, shapes
 from .select import ranked_units
+from .timed import TimedBudget
 from .trial import Decision, Trial
 
 __all__ = ["GradualPruner"]
@@ -82,6 +83,7 @@ class GradualPruner(Pruner):
         self._earlier = _removed(after, network, self._first)
         self._after = after
         self._decision: Decision | None = None
+        self._took: dict[tuple[int, int | None], float] = {}  # the dense network, in milliseconds
         self._cut: tuple[Plan | None, Mapping[Dim, Tensor]] = None, {}
         self.watch()
 
@@ -218,7 +220,14 @@ class GradualPruner(Pruner):
         return self._within(budget, dense, goal, criterion, even, self.verify, share)
 
     def _budget_of(self, target: Target) -> Budget:
-        return self._budget(target, self._trained(self._axes), self.limits, self._gone())
+        axes, gone = self._trained(self._axes), self._gone()
+        if not target.timed:
+            return self._budget(target, axes, self.limits, gone)
+        where = target, self.model, self.inputs, self._coupling, axes, self.limits, gone
+        key = target.batch, target.threads
+        budget = TimedBudget(*where, dense_ms=self._took.get(key))
+        self._took.setdefault(key, budget.dense())
+        return budget
 
     def _carry_out(self, decision: Decision, optimizer: Any) -> Plan:
         self._cut = decision.plan, cut_for(decision.plan, self.model).kept

@@ -29,6 +29,7 @@ from .explain import axes_table, draw_axes
 from .optimizer import remember
 from .plan import Plan, make_plan
 from .select import Stay, pinned_units, ranked_units, shares, zero_units
+from .timed import TimedBudget
 from .trial import Decision, Trial
 
 __all__ = ["Pruner"]
@@ -119,7 +120,7 @@ class Pruner:
         decision = self._decide(sparsity, context, criteria, limits, verify)
         plan = self._carry_out(decision, optimizer)
         if not plan.removed:
-            why = self._why_nothing(sparsity is None, decision.wanted)
+            why = self._why_nothing(sparsity is None, decision)
             warnings.warn(f"nothing was removed: {why}", stacklevel=2)
         return self.model
 
@@ -248,7 +249,8 @@ class Pruner:
     def _budget(
         self, target: Target, axes: Sequence[Axis], limits: Limits, gone: Sequence[int] | None
     ) -> Budget:
-        return Budget(target, self.model, self.inputs, self._coupling, axes, limits, gone)
+        kind = TimedBudget if target.timed else Budget
+        return kind(target, self.model, self.inputs, self._coupling, axes, limits, gone)
 
     def _within(
         self,
@@ -311,8 +313,11 @@ class Pruner:
         self.max_rel_diff = apart.relative if apart else None
         return plan
 
-    def _why_nothing(self, exact: bool, wanted: bool) -> str:
-        if not exact and not wanted and any(len(a.free) for a in self._axes):
+    def _why_nothing(self, exact: bool, decision: Decision) -> str:
+        met = decision.reached
+        if met is not None and not decision.wanted:
+            return f"the network costs no more than {met.target} allows"
+        if not exact and not decision.wanted and any(len(a.free) for a in self._axes):
             return "that share of the free channels of a layer rounds to none, see also kept()"
         if self._stay:
             return "see kept() for what stayed and why"
