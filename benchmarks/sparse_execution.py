@@ -1,17 +1,17 @@
 """From where zeros pay on the CPU: linear layers and 1x1 convs with torch's sparse matrices.
 
-    python benchmarks/sparse_execution.py [--threads 1] [--seconds 0.05] [--out FILE]
+    python benchmarks/sparse_execution.py [--threads 1] [--rounds 15] [--out FILE]
 
-Each number says how many times as fast as the dense layer: CSR with zeros at random places (the
-best way of `fasterai.deploy.sparse_layers`; 64: with 64-bit indices, as `to_sparse_csr` makes
-them), and BSR whose zeros are whole blocks of 8x8, 16x16 or 32x32 (MKL takes square blocks only).
-Dense and sparse take turns; the ratio is that of the medians of all rounds.
+Each number says how many times as fast as the dense layer: CSR with zeros at random places (as in
+`fasterai.deploy.sparse_layers`, the better of its ways; 64: with 64-bit indices, as torch's
+`to_sparse_csr` makes them), and BSR whose zeros are whole blocks of 8x8, 16x16 or 32x32 (MKL takes
+square blocks only). Dense and sparse take turns for some milliseconds each; the times are the
+smallest of all rounds, which others on the machine disturb least.
 """
 
 import argparse
 import json
 import os
-import statistics
 import time
 import warnings
 from pathlib import Path
@@ -68,25 +68,25 @@ def conv(inside, out, share):
     return arms
 
 
-def timed(arms, x, seconds, rounds=7):
-    """Medians over rounds of the seconds of one run, of each arm."""
-    taken = {arm: [] for arm in arms}
+def timed(arms, x, rounds, seconds=0.003):
+    """The seconds of one run of each arm, the smallest of all rounds."""
+    taken = dict.fromkeys(arms, float("inf"))
     for run in arms.values():
         run(x)
     for _ in range(rounds):
         for arm, run in arms.items():
             count, start = 0, time.perf_counter()
-            while (spent := time.perf_counter() - start) < seconds / rounds or not count:
+            while (spent := time.perf_counter() - start) < seconds:
                 run(x)
                 count += 1
-            taken[arm].append(spent / count if spent else 0.0)
-    return {arm: statistics.median(t) for arm, t in taken.items()}
+            taken[arm] = min(taken[arm], spent / count)
+    return taken
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=0.05)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("sparse_execution.jsonl"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -103,7 +103,7 @@ def main():
             for share in SHARES:
                 arms = make(*size[:2], share)
                 for batch in BATCHES:
-                    seconds = timed(arms, inputs(batch), args.seconds)
+                    seconds = timed(arms, inputs(batch), args.rounds)
                     record = {"layer": kind, "size": size, "zeros": share, "batch": batch}
                     record |= {"threads": args.threads, "cores": os.cpu_count()}
                     record |= {"torch": torch.__version__, "seconds": seconds}

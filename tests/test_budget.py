@@ -23,7 +23,7 @@ from fasterai.prune.budget import UnreachableTarget
 from fasterai.prune.callback import PruneCallback
 from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
-from fasterai.prune.search import Queue, by_importance, by_share
+from fasterai.prune.queues import Queue, by_importance, by_share
 from fasterai.sparse.sparsifier import Sparsifier
 
 tv = torchvision.models

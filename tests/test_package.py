@@ -51,6 +51,11 @@ def test_no_path_of_the_machine_it_was_made_on():
         assert not any(place in path.read_text() for place in here), path
 
 
+def test_merges_are_finished():
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*.ini"), *NOTEBOOKS]:
+        assert not re.search(r"^(<{7}|>{7}) ", path.read_text(), re.M), path
+
+
 def test_the_readme_names_files_that_exist():
     text = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):

@@ -58,7 +58,7 @@ __all__ = [
     "updating_movmag",
 ]
 
-NEEDS = ("initial", "previous", "gradient", "scale", *GATHERED)
+NEEDS = ("initial", "previous", "gradient", "scale", "measured", *GATHERED)
 Lookup = Callable[[str, str], Tensor | None]  # what is needed, of which parameter
 
 
@@ -81,10 +81,11 @@ class Criterion:
         reduce: `'mean'` or `'sum'` over the elements of a group. Under `'mean'`, units ranked
             globally are further divided by the mean score of their axis, so that no layer is
             emptied for being wide or small; under `'sum'` they are compared as they are.
-        needs: one or several of `'initial'`, `'previous'`, `'gradient'`, `'scale'` and those in
-            `GATHERED`. A `Sparsifier` keeps copies of the first two; the gradient is read where it
-            is; the scale is the mean magnitude of the scales of the norms behind a filter, for
-            each of its weights; the others are gathered by `score` or by a callback.
+        needs: one or several of `'initial'`, `'previous'`, `'gradient'`, `'scale'`, `'measured'`
+            and those in `GATHERED`. A `Sparsifier` keeps copies of the first two; the gradient is
+            read where it is; the scale is the mean magnitude of the scales of the norms behind a
+            filter, for each of its weights; what is measured comes from `oracle` or
+            `particle_search`; the others are gathered by `score` or by a callback.
         norm: how the scores of a layer are normalised where they are ranked with those of other
             layers, see `normalised`; `'none'` not at all.
         records: where the initial and previous weights are found; set by what keeps them.
@@ -221,6 +222,8 @@ class Criterion:
                 f"the scale of a norm behind {name}, which is known of filters alone: take "
                 f"granularity='filter', or remove channels with Pruner"
             )
+        if need == "measured":
+            return f"measurements, and there are none of {name}: take what oracle(...) returns"
         if need in GATHERED:
             own = self.name or "criterion"
             return (

@@ -13,7 +13,7 @@ from ..core.normalise import normalise
 from .labels import PRODUCE, SCALE
 from .units import Axis, Slot
 
-__all__ = ["ranked_bundles", "require_scales", "unit_scores", "zeroed_units"]
+__all__ = ["bundles_of", "ranked_bundles", "require_scales", "unit_scores", "zeroed_units"]
 
 
 def unit_scores(
@@ -115,6 +115,11 @@ def ranked_bundles(
         (bundles,) scores, the mean over a bundle's units, and (bundles, blocks) units.
     """
     scores = unit_scores(tensors, axis, criterion, relative=relative, gone=gone)
+    return bundles_of(axis, scores, first)
+
+
+def bundles_of(axis: Axis, scores: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The bundles that (F,) scores of an axis' free units make; see `ranked_bundles`."""
     if axis.blocks == 1:
         return scores, axis.free[:, None]
     own = scores.detach().cpu()

@@ -120,8 +120,8 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
             for own in (module._parameters, module._buffers):
                 for name, tensor in own.items():
                     if id(tensor) in shadows:
-                        own[name] = shadows[id(tensor)]
                         undo.append(lambda o=own, n=name, t=tensor: o.update({n: t}))
+                        own[name] = shadows[id(tensor)]  # an interrupt may come in between
         _mend(model, {id(s) for s in shadows.values()}, plan, undo)
         yield
     finally:

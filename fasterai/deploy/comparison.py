@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..coupling.inputs import Inputs, plainly, run_quietly, tensors_in
 from ..prune.check import differences
@@ -20,8 +21,13 @@ def copied(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: it has none.
     """
+    made = {}  # by a forward, some layers keep what they computed from their weights
+    for module in model.modules():
+        for x in tree_leaves(vars(module)):
+            if isinstance(x, Tensor) and not x.is_leaf:
+                made[id(x)] = x.detach().clone()
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, made)
     except Exception as error:  # whatever a network keeps that has no copy
         raise ValueError(
             f"the network cannot be copied ({type(error).__name__}: {error}): pass one that "

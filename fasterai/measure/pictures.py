@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..core.schedule import SCHEDULES, Chain, Schedule
 
-__all__ = ["plot_schedules", "plot_steps", "plot_training", "plot_widths"]
+__all__ = ["plot_correlations", "plot_schedules", "plot_steps", "plot_training", "plot_widths"]
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#BBBBBB"  # apart for the colour-blind
 
@@ -106,4 +107,42 @@ def plot_widths(report: pd.DataFrame, ax: Any = None) -> Any:
     ax.set_xticks(list(x), table["layer"], rotation=90, fontsize=8)
     ax.set(ylabel="output channels", title="Channels of each layer, before and after pruning")
     ax.legend()
+    return ax
+
+
+def plot_correlations(report: pd.DataFrame, ax: Any = None) -> Any:
+    """A heat map of rank correlations, from `criteria_report()`: orange agrees, violet contradicts.
+
+    A line sets the rows that sum up apart from those of single layers; cells without a number are
+    grey.
+    """
+    import matplotlib.pyplot as plt
+
+    rows, columns = report.shape
+    if ax is None:
+        size = (2.2 + 0.62 * columns, 1.6 + 0.25 * rows)
+        ax = plt.subplots(figsize=size, layout="constrained")[1]
+    colours = plt.get_cmap("PuOr_r").with_extremes(bad=_GREY)  # apart for the colour-blind
+    values = report.to_numpy(dtype=float)
+    shown = ax.imshow(values, cmap=colours, vmin=-1, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            colour = "white" if abs(value) > 0.65 else "black"
+            ax.text(
+                j,
+                i,
+                f"{round(value, 2) + 0.0:.2f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=colour,
+            )
+    ax.set_xticks(range(columns), report.columns, rotation=35, ha="right", fontsize=8)
+    ax.set_yticks(range(rows), report.index, fontsize=8)
+    single = sum(name not in ("mean of layers", "all layers") for name in report.index)
+    ax.axhline(single - 0.5, color="black", linewidth=1)
+    ax.set_title("Rank correlation of criteria\nwith the change of the loss", fontsize=10)
+    bar = ax.figure.colorbar(shown, ax=ax, shrink=0.8)
+    bar.set_label("Spearman's rank correlation", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
     return ax

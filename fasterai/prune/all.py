@@ -8,3 +8,4 @@ from .gradual import *
 from .optimizer import *
 from .plan import *
 from .pruner import *
+from .search import *

@@ -22,7 +22,7 @@ from ..coupling.surgery import shadowed
 from ..coupling.units import Axis, Coupling
 from ..measure.costs import Costs, Running, macs_of_widths, parameters_of_widths
 from ..measure.profile import macs, saved_bytes
-from .search import Queue, by_importance, by_share, queues_of
+from .queues import Queue, by_importance, by_share, queues_of
 
 __all__ = ["Budget", "Reached", "UnreachableTarget"]
 

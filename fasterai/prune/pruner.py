@@ -20,7 +20,7 @@ from ..core.target import Target
 from ..coupling.couple import couple
 from ..coupling.labels import Dim, dims_of
 from ..coupling.probe import Removal
-from ..coupling.units import Axis
+from ..coupling.units import Axis, Coupling
 from ..measure.profile import counted, layer_costs, macs
 from .budget import Budget, Reached
 from .check import Differences, observe
@@ -182,6 +182,11 @@ class Pruner:
         """
         self._refresh()
         return axes_table(self._axes)
+
+    def coupled(self) -> tuple[Coupling, list[Axis]]:
+        """The units of the network as it is now, and its axes, what is excluded pinned."""
+        self._refresh()
+        return self._coupling, self._axes
 
     def draw(self) -> Any:
         """A picture of the channel groups: graphviz where it is installed, matplotlib else."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,14 @@ from ..coupling.ranking import ranked_bundles, require_scales, zeroed_units
 from ..coupling.units import Axis
 from .constants import Constants
 
-__all__ = ["Stay", "pinned_units", "ranked_units", "shares", "zero_units"]
+__all__ = [
+    "Stay",
+    "lowest_units",
+    "pinned_units",
+    "ranked_units",
+    "shares",
+    "zero_units",
+]
 
 Stay = tuple[str, int, str]  # layer, unit, and why it is not removed
 
@@ -97,24 +104,42 @@ def ranked_units(
     require_scales(tensors, [axes[a] for a in ranked], criterion)
     together = isinstance(counts, int)
     lost = [0] * len(axes) if gone is None else gone
-    bundles = [
-        ranked_bundles(tensors, axes[a], criterion, relative=together, gone=lost[a]) for a in ranked
-    ]
-    scores = [s for s, _ in bundles]
+    bundles = {
+        a: ranked_bundles(tensors, axes[a], criterion, relative=together, gone=lost[a])
+        for a in ranked
+    }
     if criterion.needs:
-        refuse_equal(scores)
+        refuse_equal([scores for scores, _ in bundles.values()])
+    return lowest_units(axes, bundles, counts, limits), stay
+
+
+def lowest_units(
+    axes: Sequence[Axis],
+    bundles: Mapping[int, tuple[Tensor, Tensor]],
+    counts: int | Sequence[int],
+    limits: Limits,
+) -> dict[int, Tensor]:
+    """So many units of the bundles with the lowest scores.
+
+    Args:
+        axes: all axes of the network.
+        bundles: by the place of their axis, see `ranked_bundles`.
+        counts: bundles to remove: over all axes, or of each.
+        limits: see `Limits`.
+    """
+    scores = [own for own, _ in bundles.values()]
     marks = select(
         scores,
-        counts if isinstance(counts, int) else [counts[a] for a in ranked],
+        counts if isinstance(counts, int) else [counts[a] for a in bundles],
         held=[torch.zeros_like(s, dtype=torch.bool) for s in scores],
-        sizes=[axes[a].size // axes[a].blocks for a in ranked],
-        widths=[axes[a].blocks for a in ranked],
+        sizes=[axes[a].size // axes[a].blocks for a in bundles],
+        widths=[axes[a].blocks for a in bundles],
         limits=limits,
     )
     remove = {}
-    for a, (_, units), mark in zip(ranked, bundles, marks, strict=True):
+    for (a, (_, units)), mark in zip(bundles.items(), marks, strict=True):
         remove[a] = _marked(axes[a], units[mark.cpu()].flatten())
-    return remove, stay
+    return remove
 
 
 def pinned_units(axes: Sequence[Axis]) -> list[Stay]:

@@ -15,7 +15,7 @@ from ..coupling.surgery import shadowed
 from ..measure.costs import Costs
 from ..measure.latency import LatencyTable, alternating, latency_of_widths
 from .budget import Budget, UnreachableTarget
-from .search import Queue
+from .queues import Queue
 
 __all__ = ["TimedBudget"]
 

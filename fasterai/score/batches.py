@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from ..coupling.inputs import Inputs, random_state_kept
 
-__all__ = ["Batch", "as_batch", "drawn"]
+__all__ = ["Batch", "as_batch", "drawn", "first_batches", "in_memory"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,20 @@ def as_batch(batch: Any, model: nn.Module, n_inp: int | None = None) -> Batch:
     return Batch(inputs, targets, inputs.samples)
 
 
+def first_batches(dl: Iterable[Any], n_batches: int | None) -> tuple[Iterator[Any], int | None]:
+    """So many batches of a loader, and how many there will be, if that is known."""
+    if hasattr(dl, "train") and hasattr(dl, "valid"):
+        raise TypeError("one loader is needed: pass dls.train or dls.valid, not both in dls")
+    if not isinstance(dl, Iterable):
+        raise TypeError(f"dl must be a loader or a list of batches, got {type(dl).__name__}")
+    if n_batches is not None and (not isinstance(n_batches, int) or n_batches < 1):
+        raise ValueError(f"n_batches must be at least 1, or None for all, got {n_batches!r}")
+    known = len(dl) if isinstance(dl, Sized) else None
+    counts = [n for n in (n_batches, known) if n is not None]
+    lazily = (batch for one in (dl,) for batch in islice(one, n_batches))  # torch draws in iter()
+    return lazily, min(counts, default=None)
+
+
 @contextmanager
 def drawn(loader: Iterable[Any], model: nn.Module) -> Iterator[None]:
     """While this lasts, batches may be drawn; the random state is put back, the loader's too."""
@@ -99,3 +114,17 @@ def drawn(loader: Iterable[Any], model: nn.Module) -> Iterator[None]:
             loader.rng = rng
         for generator, before in zip(generators, states, strict=True):
             generator.set_state(before)
+
+
+def in_memory(loader: Iterable[Any], model: nn.Module, n_batches: int | None) -> list[Batch]:
+    """So many batches of a loader, on the model's device; see `drawn`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with drawn(loader, model):
+        lazily, _ = first_batches(loader, n_batches)
+        batches = [as_batch(b, model, getattr(loader, "n_inp", None)) for b in lazily]
+    if not batches:
+        raise ValueError("the loader gave no batch to measure the loss on")
+    return batches

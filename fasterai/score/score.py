@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion
 from ..core.gathered import GATHERED
 from ..core.names import pick, unwrapped
-from .batches import as_batch, drawn
+from .batches import as_batch, drawn, first_batches
 from .gatherer import Gatherer
 
 __all__ = ["score"]
@@ -64,7 +63,7 @@ def score(
     several = isinstance(criteria, Sequence)
     asked = list(criteria) if several else [criteria]
     needs = _needs(asked)
-    batches, total = _first(dl, n_batches)
+    batches, total = first_batches(dl, n_batches)
     if progress:
         from fastprogress.fastprogress import progress_bar  # takes a second to import
 
@@ -97,20 +96,6 @@ def _gather(
     if gatherer is None:
         raise ValueError("the loader gave no batch to score on")
     return gatherer
-
-
-def _first(dl: Iterable[Any], n_batches: int | None) -> tuple[Iterator[Any], int | None]:
-    """So many batches of a loader, and how many there will be, if that is known."""
-    if hasattr(dl, "train") and hasattr(dl, "valid"):
-        raise TypeError("score takes one loader: pass dls.train or dls.valid, not both in dls")
-    if not isinstance(dl, Iterable):
-        raise TypeError(f"dl must be a loader or a list of batches, got {type(dl).__name__}")
-    if n_batches is not None and (not isinstance(n_batches, int) or n_batches < 1):
-        raise ValueError(f"n_batches must be at least 1, or None for all, got {n_batches!r}")
-    known = len(dl) if isinstance(dl, Sized) else None
-    counts = [n for n in (n_batches, known) if n is not None]
-    lazily = (batch for one in (dl,) for batch in islice(one, n_batches))  # torch draws in iter()
-    return lazily, min(counts, default=None)
 
 
 def _needs(asked: Sequence[Criterion]) -> set[str]:

@@ -1,0 +1,147 @@
+"""On which networks does taking them out work? Each runs in a process of its own, with a limit of
+time and memory; a JSON line each, and a table in the end.
+
+    python benchmarks/round_trips.py [--libraries fastai torchvision timm transformers]
+        [--networks resnet18 ...] [--checks files sparse folded program onnx] [--seconds 300]
+
+Half of the channels are removed by rank first, but for `folded`. files: `save_pruned`, and
+`load_pruned` into a freshly built network, which computes the same bit for bit. sparse: so do
+`save_sparse` and `load_sparse`, with 90% of the weights zero. folded: `fold_batchnorm` under random
+norm statistics, in float64. program: `export_program`, saved and loaded. onnx: `export_onnx`.
+"""
+
+import argparse
+import io
+import os
+import tempfile
+from pathlib import Path
+
+import coverage
+import torch
+import zoo
+from safetensors.torch import save_file
+from torch.utils._pytree import tree_map
+
+from fasterai.coupling.inputs import run_quietly, tensors_in
+from fasterai.deploy.export import export_onnx, export_program
+from fasterai.deploy.files import load_pruned, save_pruned
+from fasterai.deploy.fold import fold_batchnorm, fold_report
+from fasterai.deploy.sparse_files import load_sparse, save_sparse
+from fasterai.prune.pruner import Pruner
+
+
+def outputs(model, x):
+    with run_quietly(model):
+        torch.manual_seed(0)
+        return tensors_in(coverage.call(model, x))
+
+
+def same(a, b):
+    """Bit for bit, but that all nans are one."""
+    pairs = list(zip(a, b, strict=True))
+    return all(torch.allclose(x, y, rtol=0, atol=0, equal_nan=True) for x, y in pairs)
+
+
+def apart(a, b):
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.is_floating_point() and x.numel()]
+    return max(float((x - y).abs().max() / x.abs().max().clamp(min=1e-30)) for x, y in pairs)
+
+
+def smaller(library, name):
+    model, inputs = zoo.build(library, name)
+    pruner = Pruner(model, inputs(2))
+    pruner.prune_model(0.5)
+    return model.eval(), inputs(2), pruner.whole_plan
+
+
+def files(library, name):
+    model, x, plan = smaller(library, name)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pruned(model, f"{folder}/a", plan)
+        fresh = load_pruned(zoo.build(library, name)[0], f"{folder}/a").eval()
+    state = fresh.state_dict()
+    kept = all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    return {"ok": kept and same(outputs(model, x), outputs(fresh, x))}
+
+
+def sparse(library, name):
+    model, inputs = zoo.build(library, name)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p[torch.rand(p.shape) < 0.9] = 0
+    state = model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "a")
+        save_sparse(model, file)
+        loaded = load_sparse(file)
+        fresh = load_sparse(file, zoo.build(library, name)[0]).eval()
+        save_file({k: v.clone().contiguous() for k, v in state.items()}, f"{folder}/dense")
+        size = file.stat().st_size / os.path.getsize(f"{folder}/dense")
+    kept = loaded.keys() == state.keys() and all(
+        torch.equal(v, loaded[k]) for k, v in state.items()
+    )
+    x = inputs(2)
+    return {"ok": kept and same(outputs(model, x), outputs(fresh, x)), "size": round(size, 3)}
+
+
+def folded(library, name):
+    model, inputs = zoo.build(library, name)
+    coverage.shake(model)
+    model.double()
+    x, other = (tree_map(coverage.double, inputs(2)) for _ in range(2))
+    table = fold_report(model, x)
+    found = apart(outputs(model, other), outputs(fold_batchnorm(model, x), other))
+    why = {k: int(v) for k, v in table["reason"].str.slice(0, 90).value_counts().items() if k}
+    return {"ok": found < 1e-9, "apart": found, "norms": len(table), "stay": why}
+
+
+def program(library, name):
+    model, x, _ = smaller(library, name)
+    file = io.BytesIO()
+    torch.export.save(export_program(model, x), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    with torch.no_grad():
+        found = apart(outputs(model, x), tensors_in(coverage.call(loaded, x)))
+    return {"ok": found < 1e-3, "apart": found}
+
+
+def onnx(library, name):
+    model, x, _ = smaller(library, name)
+    with tempfile.TemporaryDirectory() as folder:
+        return {"ok": True, "apart": export_onnx(model, x, f"{folder}/a.onnx")}
+
+
+CHECKS = {"files": files, "sparse": sparse, "folded": folded, "program": program, "onnx": onnx}
+
+
+def trips(library, names, checks, seconds=300, gigabytes=24, workers=2, out=None):
+    """The result of each check of each network of a library."""
+    coverage.CHECKS.update(CHECKS)
+    zoo.preload(library)
+    jobs = [(check, library, name) for name in names for check in checks]
+    return coverage.run(jobs, seconds, gigabytes, workers, out)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--libraries", nargs="+", default=list(zoo.LIBRARIES))
+    parser.add_argument("--networks", nargs="+")
+    parser.add_argument("--checks", nargs="+", default=list(CHECKS))
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--gigabytes", type=float, default=24)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", default="round_trips.jsonl")
+    args = parser.parse_args()
+    how = {"seconds": args.seconds, "gigabytes": args.gigabytes, "workers": args.workers}
+    found = []
+    with open(args.out, "a") as out:
+        for library in args.libraries:
+            names = args.networks or zoo.names(library)
+            found += trips(library, names, args.checks, out=out, **how)
+    coverage.table(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Networks for other runtimes: `torch.export` programs and ONNX, with any batch size, checked."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_map
+
+from ..core.names import unwrapped
+from ..coupling.inputs import Inputs, plainly, run_quietly, tensors_in
+from ..prune.check import differences
+from .comparison import copied
+
+__all__ = ["export_onnx", "export_program"]
+
+
+def export_program(
+    model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True
+) -> ExportedProgram:
+    """The `torch.export` program of a network in eval mode, seen to compute the same.
+
+    It needs no code of the network's: `torch.export.save(program, file)`, and elsewhere
+    `torch.export.load(file).module()`. It has tensors of its own. It is run on the example inputs,
+    on random ones and, where the batch is dynamic, on batches of 1, 3 and 8. The cache of keys and
+    values that a language model returns is left out.
+
+    Args:
+        model: the network; it is left as it was.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        dynamic_batch: the first dimension of all inputs, where they agree on it, may have any size.
+
+    Raises:
+        ValueError: torch cannot follow the network, or not for any batch size.
+        RuntimeError: the program computes something else.
+    """
+    network, inputs = _ready(model, example_inputs)
+    dynamic = dynamic_batch and inputs.samples is not None
+    program = _program(network, inputs, dynamic)
+    runs = program.module()
+    _must_agree(network, _batches(inputs, dynamic), lambda x: tensors_in(x(runs)), "the program")
+    return program
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Any,
+    file: str | os.PathLike[str],
+    *,
+    dynamic_batch: bool = True,
+) -> float:
+    """Write a network in eval mode to an ONNX file that onnxruntime was seen to run alike.
+
+    It is run as `export_program` tells. Tensors of more than 2 GB go to a file beside it.
+
+    Args:
+        model: the network; it is left as it was.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        file: where to; written when all was checked.
+        dynamic_batch: the first dimension of all inputs, where they agree on it, may have any size.
+
+    Returns:
+        The largest difference of an output, as a share of the largest output.
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is missing.
+        ValueError: torch cannot follow the network, or ONNX has no words for it.
+        RuntimeError: onnxruntime does not run it, or computes something else.
+    """
+    must_have("onnx", "onnxscript", "onnxruntime")
+    file = writable(file)
+    network, inputs = _ready(model, example_inputs)
+    dynamic = dynamic_batch and inputs.samples is not None
+    program = _program(network, inputs, dynamic)
+    try:
+        with torch.no_grad():
+            onnx = torch.onnx.export(program, dynamo=True, verbose=False)
+    except Exception as error:  # of many kinds
+        raise ValueError(
+            f"the network cannot be written as ONNX: {type(error).__name__}: {error}"
+        ) from error
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        onnx.save(Path(folder, file.name))
+        run = _feeding(Path(folder, file.name))
+        apart = _must_agree(network, _batches(inputs, dynamic), run, "onnxruntime")
+        for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == file.name):
+            os.replace(part, file.parent / part.name)  # the network itself last
+    return apart
+
+
+def must_have(*packages: str) -> None:
+    """Refuse what needs packages that are not there.
+
+    Raises:
+        ImportError: one is missing.
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} missing: pip install {' '.join(missing)}")
+
+
+def writable(file: str | os.PathLike[str]) -> Path:
+    """The path of a file that can be written.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    file = Path(file)
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {file.parent} for {file.name}: make it first")
+    return file
+
+
+def _ready(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Inputs]:
+    network, inputs = unwrapped(model), Inputs.of(example_inputs, samples=None)
+    inputs.check(network)
+    return network, inputs
+
+
+def _program(network: nn.Module, inputs: Inputs, dynamic: bool) -> ExportedProgram:
+    """The program, not compared with the network yet."""
+    if dynamic:
+        inputs = inputs.at_least(2)  # a batch of 1 is taken for a constant
+    inputs, shapes = inputs.copies(), _dynamic(inputs) if dynamic else None
+    network = _plain(copied(network).eval())
+    try:
+        with _unfused(), torch.no_grad():
+            return torch.export.export(
+                network, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False
+            )
+    except Exception as error:  # many kinds, some of user code
+        fix = "; dynamic_batch=False fixes the batch size to that of the example" if dynamic else ""
+        raise ValueError(
+            f"torch.export cannot follow the network on {inputs}: {type(error).__name__}: "
+            f"{error}{fix}"
+        ) from error
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """A network that gives plain tensors: without fastai's casts, without caches of keys."""
+    for module in list(network.modules()):
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None):
+            config.use_cache = False
+        for name, child in module.named_children():
+            kind = getattr(child, "tensor_cls", None)
+            if isinstance(kind, type) and issubclass(kind, Tensor):
+                module._modules[name] = nn.Identity()
+    return network
+
+
+def _dynamic(inputs: Inputs) -> Any:
+    """For each tensor among the inputs, that its first dimension may have any size."""
+    return tree_map(
+        lambda x: {0: Dim.DYNAMIC} if isinstance(x, Tensor) else None,
+        inputs.args or dict(inputs.kwargs),
+    )
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Transformer layers as the operations they consist of, which other runtimes know."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+# --- whether it computes the same ----------------------------------------------------------------
+
+
+def _batches(inputs: Inputs, dynamic: bool) -> list[Inputs]:
+    """The example inputs first, then random ones and, where that may be, other batch sizes."""
+    random = inputs.random_like()
+    if not dynamic:
+        return [inputs, random]
+    return [inputs, inputs.batch(1), inputs.batch(8), random, random.batch(3)]
+
+
+def _must_agree(
+    model: nn.Module, batches: Sequence[Inputs], run: Callable[[Inputs], list[Tensor]], who: str
+) -> float:
+    """The largest relative difference between a model's outputs and those of `run`.
+
+    Raises:
+        RuntimeError: it is more than rounding, or something cannot be run.
+    """
+    expected: list[list[Tensor]] = []
+    got: list[list[Tensor]] = []
+    for batch in batches:
+        try:
+            with run_quietly(model), plainly():
+                found = [y.cpu() for y in tensors_in(batch(model))]
+        except Exception:  # whatever user code raises on random inputs
+            if not expected:
+                raise
+            continue
+        expected.append(found)
+        try:
+            with torch.no_grad(), plainly():
+                got.append([y.cpu() for y in run(batch)])
+        except Exception as error:  # of many kinds
+            raise RuntimeError(
+                f"{who} cannot run the network on {batch}: {type(error).__name__}: {error}"
+            ) from error
+    apart = differences(expected, got)
+    if not apart.small:
+        raise RuntimeError(
+            f"{who} computes something else: outputs differ by {apart.relative:.0e} of the largest"
+        )
+    return apart.relative
+
+
+def _feeding(file: Path) -> Callable[[Inputs], list[Tensor]]:
+    """Lets onnxruntime run a file."""
+    opened: list[Any] = []
+
+    def run(inputs: Inputs) -> list[Tensor]:
+        session = opened[0] if opened else session_of(file)
+        opened[:] = [session]
+        names = [x.name for x in session.get_inputs()]
+        feed = dict(zip(names, (x.cpu().numpy() for x in inputs.tensors), strict=True))
+        return [torch.from_numpy(y) for y in session.run(None, feed)]
+
+    return run
+
+
+def session_of(file: Path) -> Any:
+    """An onnxruntime session on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors come as exceptions
+    providers = ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(file, options, providers=providers)
