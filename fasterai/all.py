@@ -4,6 +4,7 @@ from .audit.all import *
 from .core.criteria import *
 from .core.granularity import *
 from .core.schedule import *
+from .core.target import *
 from .deploy.all import *
 from .distill.all import *
 from .measure.pictures import *

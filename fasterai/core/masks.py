@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .ranking import Ranking, ScoreRanking, pieces
 from .selection import Cut, cut_lowest, write_kept
+from .target import refuse_target
 
 __all__ = [
     "Limits",
@@ -25,8 +26,15 @@ __all__ = [
 ]
 
 
+_NO_BUDGET = (
+    "it is what a network costs once channels are removed, and zeros alone save nothing. Pass it "
+    "to Pruner.prune_model, GradualPruner or PruneCallback; for zeros pass a fraction"
+)
+
+
 def as_fraction(value: object, name: str = "sparsity") -> float:
     """A fraction in [0, 1], or an error that says what to pass instead."""
+    refuse_target(value, _NO_BUDGET)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a fraction in [0, 1], got {value!r}")
     if 1 < value <= 100:
@@ -74,6 +82,11 @@ class Limits:
         """
         step = self.round_to // math.gcd(self.round_to, width)
         return max(0, size - math.ceil((size - n) / step) * step)
+
+    def steps(self, size: int, free: int, width: int = 1) -> range:
+        """The numbers of groups, of `size` with `free` that may go, at which zeroing may stop."""
+        step = self.round_to // math.gcd(self.round_to, width)
+        return range(size % step or step, self.most(size, free) + 1, step)
 
 
 def select(

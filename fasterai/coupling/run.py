@@ -17,7 +17,7 @@ from .labels import Dim, Run, dims_of
 from .rules import follow
 from .tracer import Beside, Engine, Tracer
 
-__all__ = ["run_labels", "run_numbers", "run_shapes"]
+__all__ = ["run_labels", "run_numbers", "run_seen", "run_shapes"]
 
 
 def run_labels(
@@ -54,6 +54,32 @@ def run_shapes(model: nn.Module, inputs: Inputs, within: AbstractContextManager[
     """
     known = {dim: torch.zeros(x.shape[dim.dim], dtype=int) for dim, x in dims_of(model).items()}
     _run(model, inputs, known, Shapes(inputs.tensors[0].device), False, within=within, rule=_pass)
+
+
+def run_seen(
+    model: nn.Module,
+    inputs: Inputs,
+    labels: Mapping[Dim, Tensor],
+    see: Callable[..., None],
+    *,
+    shapes: bool = True,
+) -> None:
+    """Run `model` in eval mode on labels, and show each operation once its result has them.
+
+    Args:
+        model: any network; it is left as it was.
+        inputs: what it runs on.
+        labels: for each dimension of its parameters, the labels of the positions.
+        see: is shown (tracer, operation, args, kwargs, result).
+        shapes: run on shapes alone.
+    """
+
+    def rule(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        follow(t, func, args, kwargs, out)
+        see(t, func, args, kwargs, out)
+
+    engine = Shapes(inputs.tensors[0].device) if shapes else numbers
+    _run(model, inputs, labels, engine, training=False, rule=rule)
 
 
 def run_numbers(

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..coupling.inputs import Inputs, plainly, run_quietly
 from ..coupling.run import run_shapes
 
-__all__ = ["compare", "layer_costs", "macs", "profile"]
+__all__ = ["compare", "layer_costs", "macs", "profile", "saved_bytes"]
 
 _ROUNDS = 5
 
@@ -79,14 +79,29 @@ def _size(model: nn.Module, inputs: Inputs) -> dict[str, int]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "nonzero": sum(int(p.count_nonzero()) for p in model.parameters()),
         "macs": macs(model, inputs).get("", pd.NA),
-        "bytes": _bytes(model),
+        "bytes": saved_bytes(model),
     }
 
 
-def _bytes(model: nn.Module) -> int:
-    file = io.BytesIO()
+class _Counter(io.RawIOBase):
+    """A file that only knows how much was written into it."""
+
+    size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        n = memoryview(data).nbytes
+        self.size += n
+        return n
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """How large a file `torch.save` makes of the state dict."""
+    file = _Counter()
     torch.save(model.state_dict(), file)
-    return file.getbuffer().nbytes
+    return file.size
 
 
 def _latency(

@@ -1,7 +1,9 @@
 """Everything that removes: `from fasterai.prune.all import *`."""
 
 from ..core.criteria import *
+from ..core.target import *
 from .amounts import *
+from .budget import *
 from .callback import *
 from .gradual import *
 from .history import *

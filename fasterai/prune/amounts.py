@@ -1,4 +1,4 @@
-"""How much to remove: a share of the units, a share for each layer, or a number of units."""
+"""How much to remove: a share of the units, one for each layer, a number of units, a budget."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from numbers import Integral
 
 from ..core.masks import as_fraction
 from ..core.names import plain, unknown_name
+from ..core.target import Target
 from ..coupling.units import Axis
 
 __all__ = ["Units"]
@@ -34,16 +35,18 @@ class Units:
             raise ValueError(f"Units counts whole units, as in Units(512), got {self.n!r}")
 
 
-Amount = float | Mapping[str, float] | Units
+Amount = float | Mapping[str, float] | Units | Target
 
 
 def as_amount(value: object, context: str) -> Amount:
     """What is to be removed, checked as far as that goes without a network.
 
     Raises:
-        TypeError: it is no number, mapping or `Units`.
+        TypeError: it is no number, mapping, `Units` or `Target`.
         ValueError: a share outside [0, 1], or not one for this context.
     """
+    if isinstance(value, Target):
+        return value
     if isinstance(value, Units):
         if context != "global":
             raise ValueError(
@@ -61,11 +64,13 @@ def asks(amount: Amount) -> bool:
     """Whether anything is to be removed."""
     if isinstance(amount, Mapping):
         return any(amount.values())
-    return bool(amount.n if isinstance(amount, Units) else amount)
+    return isinstance(amount, Target) or bool(amount.n if isinstance(amount, Units) else amount)
 
 
 def part_of(amount: Amount, share: float) -> Amount:
-    """The amount at a share of the way to it."""
+    """The amount at a share of the way to it; a target, whose way is one of costs, as it is."""
+    if isinstance(amount, Target):
+        return amount
     if isinstance(amount, Mapping):
         return {name: share * value for name, value in amount.items()}
     return Units(round(share * amount.n)) if isinstance(amount, Units) else share * amount
@@ -121,8 +126,12 @@ def _by_axis(
     return shares
 
 
-def share_of(amount: Amount, axes: Sequence[Axis], sizes: Sequence[int], context: str) -> float:
-    """The amount as a share of all; see `counts_of`."""
+def share_of(
+    amount: Amount, axes: Sequence[Axis], sizes: Sequence[int], context: str
+) -> float | None:
+    """The amount as a share of all, see `counts_of`; None for a target."""
+    if isinstance(amount, Target):
+        return None
     if isinstance(amount, float):
         return amount
     counts = counts_of(amount, axes, sizes, context)

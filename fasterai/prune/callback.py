@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pandas as pd
@@ -16,9 +16,11 @@ from ..core.masks import Limits, as_context
 from ..core.names import LayerChoice, as_choices
 from ..core.processes import must_renew, renew
 from ..core.schedule import Chain, Schedule, agp, goes_down
+from ..core.target import Target
 from ..fit.callback import ScheduledCallback
 from ..measure.profile import macs
-from .amounts import Units, as_amount, asks, part_of
+from .amounts import Amount, as_amount, asks, part_of
+from .budget import Reached
 from .gradual import GradualPruner
 from .history import History
 from .optimizer import check_optimizer
@@ -46,9 +48,12 @@ class PruneCallback(ScheduledCallback):
 
     Args:
         sparsity: the share of the units to remove, a fraction in [0, 1]; {layer name: fraction}
-            under 'local', the others staying whole; or `Units(512)`, so many of all layers, under
-            'global'.
-        context: 'local' removes it from each group of coupled layers, 'global' from all together.
+            under 'local', the others staying whole; `Units(512)`, so many of all layers, under
+            'global'; or a `Target`, such as `Target(macs=0.5)`: the schedule then takes the network
+            from what it costs at the start to there. One that cannot be met raises
+            `UnreachableTarget` before training.
+        context: 'local' removes it from each group of coupled layers, 'global' from all together;
+            for a target, what is least important for what it costs.
         criteria: scores of weights, higher = keep. Initial weights are those at the start of each
             fit, previous ones those after the last cut. Gradients are those of the optimizer step,
             unscaled. An update at which there is nothing to compare waits for the next step.
@@ -78,7 +83,7 @@ class PruneCallback(ScheduledCallback):
     @explain_former()
     def __init__(
         self,
-        sparsity: float | Mapping[str, float] | Units,
+        sparsity: Amount,
         context: str = "local",
         criteria: Criterion | Callable[[Tensor], Tensor] = large_final,
         schedule: Schedule | Chain | Callable[[float], float] = agp.over(n_steps=10),  # noqa: B008
@@ -118,6 +123,11 @@ class PruneCallback(ScheduledCallback):
         """All that was cut since the callback first saw the network, and `after`, as one plan."""
         return self._seen().whole_plan
 
+    @property
+    def budget(self) -> Reached | None:
+        """What became of the target at the last cut; see `Reached`."""
+        return self._seen().budget
+
     def plot_sparsity(self, ax: Any = None) -> Any:
         """Draw the share of the units that is gone over the steps of the last fit."""
         title = f"units removed, schedule {self.schedule.name or 'of your own'}"
@@ -145,6 +155,8 @@ class PruneCallback(ScheduledCallback):
         self.arrived()  # unknown layers are refused now
         self._pruner.criteria = self.gather()
         self._pruner.try_criteria()  # one that fails does so before training
+        if isinstance(self.sparsity, Target):
+            self._pruner.check(self.sparsity)
         self._pruner.criteria = self.criteria
         if _is_compiled(self.learn.model) and not self.arrived():
             self.warn(
@@ -158,7 +170,7 @@ class PruneCallback(ScheduledCallback):
         """Cut as far as the schedule says."""
         self._pruner.criteria = self.scored()
         asked = part_of(self.sparsity, share)
-        plan = self.agreed(lambda: self._pruner.plan_to(asked))
+        plan = self.agreed(lambda: self._pruner.plan_to(self.sparsity, share))
         if plan is None:
             self._pruner.pass_by(asked)
             return

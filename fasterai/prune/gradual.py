@@ -10,21 +10,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.criteria import Criterion, as_criterion, large_final
-from ..core.masks import Limits, as_context
+from ..core.masks import Limits, as_context, as_fraction
 from ..core.names import LayerChoice, plain, unwrapped
 from ..core.records import Records, stand_in
+from ..core.target import Target
 from ..coupling.labels import PRODUCE, Dim
 from ..coupling.ranking import require_scales, unit_scores
 from ..coupling.remaining import remaining
 from ..coupling.surgery import smaller
 from ..coupling.units import Axis
 from ..measure.profile import macs
-from .amounts import Amount, as_amount, counts_of, share_of
+from .amounts import Amount, as_amount, counts_of, part_of, share_of
+from .budget import Budget
 from .fitting import cut_for, cuts_of, must_lead_to, steps_of
 from .history import CutRecord, History
 from .plan import Plan
 from .pruner import Pruner, shapes
 from .select import ranked_units
+from .timed import TimedBudget
 from .trial import Decision, Trial
 
 __all__ = ["GradualPruner"]
@@ -32,6 +35,8 @@ __all__ = ["GradualPruner"]
 
 class GradualPruner(Pruner):
     """Prunes a network on its way: `prune_to(0.5)` means half of the units there were at first.
+
+    `prune_to(Target(macs=0.5))` means half of the MACs there were at first.
 
     ```python
     pruner = GradualPruner(model, x)
@@ -82,38 +87,46 @@ class GradualPruner(Pruner):
         self._after = self.history.plan
         self._earlier = _removed(self._after, network, self._first)
         self._decision: Decision | None = None
+        self._took: dict[tuple[int, int | None], float] = {}  # the dense network, in milliseconds
         self._cut: tuple[Plan | None, Mapping[Dim, Tensor]] = None, {}
         self.watch()
 
-    def prune_to(self, sparsity: Amount, *, optimizer: Any = None) -> nn.Module:
+    def prune_to(self, sparsity: Amount, *, share: float = 1.0, optimizer: Any = None) -> nn.Module:
         """Remove units until this share of those at the start is gone; returns the model.
 
         Args:
             sparsity: a fraction in [0, 1]; {layer name: fraction} under 'local'; `Units(512)`
-                under 'global'. Nothing happens where as many are gone already.
+                under 'global'; or a `Target`. Nothing happens where as many are gone already.
+            share: of the way from the network at the start to there.
             optimizer: see `Pruner.prune_model`.
 
         Raises:
             RuntimeError: something else cut the network meanwhile.
             NothingToCompare: the criterion compares, and sees no difference.
+            UnreachableTarget: no cut can meet the target.
         """
-        plan = self.plan_to(sparsity)
+        plan = self.plan_to(sparsity, share)
         if plan is not None:
-            self.carry_out(plan, optimizer=optimizer, asked=sparsity)
+            asked = part_of(as_amount(sparsity, self.context), share)
+            self.carry_out(plan, optimizer=optimizer, asked=asked)
         return self.model
 
-    def plan_to(self, sparsity: Amount) -> Plan | None:
+    def plan_to(self, sparsity: Amount, share: float = 1.0) -> Plan | None:
         """What `prune_to` would do; None where that is nothing."""
         self._refresh()
-        if self.arrived(sparsity):
-            return None
-        missing = self._missing(sparsity)
-        criterion = self.criteria.reading(self._records)
-        axes, gone = self._trained(self._axes), self._gone()
-        chosen = ranked_units(self.model, axes, missing, criterion, self.limits, gone)
-        where = self.model, self.inputs, self._coupling, axes
-        self._decision = self._tried(Trial(*where, verify=self.verify), *chosen)
-        return self._decision.plan if self._decision.plan.removed else None
+        amount, share = as_amount(sparsity, self.context), as_fraction(share, "share")
+        if isinstance(amount, Target):
+            decision = self._decide_to(amount, share)
+        else:
+            decision = self._decide_amount(part_of(amount, share))
+        self._decision = decision
+        return decision.plan if decision is not None and decision.plan.removed else None
+
+    def check(self, target: Target) -> None:
+        """Raise an `UnreachableTarget` where no cut can meet this one; nothing is changed."""
+        self._refresh()
+        budget = self._budget_of(target)
+        budget.check(target.goal(budget.dense()))
 
     def carry_out(self, plan: Plan, *, optimizer: Any = None, asked: Amount | None = None) -> None:
         """Cut as `plan_to` says, of this pruner or of its like in another process.
@@ -152,6 +165,9 @@ class GradualPruner(Pruner):
 
     def arrived(self, sparsity: Amount) -> bool:
         """Whether as many are gone already."""
+        if isinstance(sparsity, Target):
+            budget = self._budget_of(sparsity)
+            return budget.met(sparsity.goal(budget.dense()))
         missing = self._missing(sparsity)
         return (missing if isinstance(missing, int) else max(missing, default=0)) <= 0
 
@@ -203,6 +219,42 @@ class GradualPruner(Pruner):
             unit_scores(parameters, axis, criterion, relative=self.context == "global")
 
     # --- inside --------------------------------------------------------------------------------
+
+    def _decide_amount(self, amount: Amount) -> Decision | None:
+        if self.arrived(amount):
+            return None
+        criterion = self.criteria.reading(self._records)
+        axes, gone = self._trained(self._axes), self._gone()
+        missing = self._missing(amount)
+        chosen = ranked_units(self.model, axes, missing, criterion, self.limits, gone)
+        where = self.model, self.inputs, self._coupling, axes
+        return self._tried(Trial(*where, verify=self.verify), *chosen)
+
+    def _decide_to(self, target: Target, share: float) -> Decision | None:
+        """The same for a budget, which moves from what the dense network costs to the target."""
+        budget = self._budget_of(target)
+        dense = budget.dense()
+        goal = dense + share * (target.goal(dense) - dense)
+        if budget.measured() <= goal and (share < 1 or budget.met(goal)):
+            return None
+        counted = self._counted()
+
+        def missing(part: float) -> list[int]:
+            return [round(part * n) - gone for n, gone in counted]
+
+        even = missing if self.context == "local" else None
+        criterion = self.criteria.reading(self._records)
+        return self._within(budget, dense, goal, criterion, even, self.verify, share)
+
+    def _budget_of(self, target: Target) -> Budget:
+        axes, gone = self._trained(self._axes), self._gone()
+        if not target.timed:
+            return self._budget(target, axes, self.limits, gone)
+        where = target, self.model, self.inputs, self._coupling, axes, self.limits, gone
+        key = target.batch, target.threads
+        budget = TimedBudget(*where, dense_ms=self._took.get(key))
+        self._took.setdefault(key, budget.dense())
+        return budget
 
     def _carry_out(self, decision: Decision, optimizer: Any) -> Plan:
         self._cut = decision.plan, cut_for(decision.plan, self.model).kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -15,19 +16,22 @@ from ..core.former import explain_former
 from ..core.masks import Limits, as_context
 from ..core.names import LayerChoice, pick
 from ..core.processes import refuse_sharded
+from ..core.target import Target
 from ..coupling.couple import couple
 from ..coupling.labels import Dim, dims_of
 from ..coupling.probe import Removal
 from ..coupling.units import Axis, Coupling
 from ..measure.profile import counted, layer_costs, macs
 from .amounts import Amount, as_amount, counts_of, share_of
+from .budget import Budget, Reached
 from .check import Differences, observe
 from .constants import Constants
 from .explain import axes_table, draw_axes
 from .history import CutRecord, History
 from .optimizer import remember
 from .plan import Plan, make_plan
-from .select import Stay, ranked_units, zero_units
+from .select import Stay, pinned_units, ranked_units, zero_units
+from .timed import TimedBudget
 from .trial import Decision, Trial
 
 __all__ = ["Pruner"]
@@ -54,6 +58,7 @@ class Pruner:
         max_abs_diff, max_rel_diff: the largest difference of the outputs it caused, absolute and
             relative to the largest output, on the example and on random inputs.
         history: all its cuts, a value; see `History`.
+        budget: what became of the last `Target`, see `Reached`; None without one.
     """
 
     @explain_former("the share, context and criteria go to prune_model(0.4)")
@@ -74,6 +79,7 @@ class Pruner:
         self.history = History()
         self.max_abs_diff: float | None = None
         self.max_rel_diff: float | None = None
+        self.budget: Reached | None = None
         self._stay: list[Stay] = []
         self._before = layer_costs(model, counts)
         self._couple()
@@ -96,8 +102,11 @@ class Pruner:
             sparsity: None removes the units that are zero, exactly. A fraction removes that
                 share of the free units, the lowest scores first; {layer name: fraction} that of
                 each layer under 'local', the others staying whole; `Units(512)` so many of all
-                layers under 'global'.
-            context: 'local' ranks within each axis, 'global' over the whole network.
+                layers under 'global'. A `Target` removes as many as it takes to meet a budget,
+                which counts from the network as it is now.
+            context: 'local' ranks within each axis, 'global' over the whole network. For a target
+                'local' removes an equal share of each axis, 'global' what is least important for
+                what it costs.
             criteria: scores of weights, higher = keep.
             round_to: widths become multiples of this; fewer units go, where needed.
             min_keep: units that stay in each axis, at least.
@@ -107,8 +116,8 @@ class Pruner:
 
         A cut is taken back where the smaller network does not run, wires channels together that
         do not belong together, or computes something else: nothing else, for None; than the
-        network that ignores the removed channels, for a fraction. What stays is named in
-        `kept()`.
+        network that ignores the removed channels, for a fraction or target. What stays is named in
+        `kept()`. A target that cannot be met raises `UnreachableTarget`; nothing changes then.
 
         Tensors change their shapes: an optimizer that is not given here must be carried, see
         `carry_optimizer`, or start afresh, as in `learn.fit(..., reset_opt=True)`.
@@ -121,7 +130,7 @@ class Pruner:
             record = self._record(plan, axes, sparsity, context, criteria)
             self.history = self.history.also(record)
         else:
-            why = self._why_nothing(sparsity is None, decision.wanted)
+            why = self._why_nothing(sparsity is None, decision)
             warnings.warn(f"nothing was removed: {why}", stacklevel=2)
         return self.model
 
@@ -222,6 +231,8 @@ class Pruner:
         as_context(context)
         criterion = as_criterion(criteria)
         amount = None if sparsity is None else as_amount(sparsity, context)
+        if isinstance(amount, Target):
+            return self._decide_within(amount, context, criterion, limits, verify)
         self._refresh()
         where = self.model, self.inputs, self._coupling, self._axes
         if amount is None:
@@ -235,6 +246,64 @@ class Pruner:
             chosen = ranked_units(self.model, self._axes, counts, criterion, limits)
             trial = Trial(*where, verify=verify)
         return self._tried(trial, *chosen)
+
+    def _decide_within(
+        self, target: Target, context: str, criterion: Criterion, limits: Limits, verify: bool
+    ) -> Decision:
+        """The same for a budget."""
+        self._refresh()
+        budget = self._budget(target, self._axes, limits, None)
+        dense = budget.dense()
+
+        def shares_of(share: float) -> list[int]:
+            return [round(share * axis.bundles) for axis in self._axes]
+
+        even = shares_of if context == "local" else None
+        return self._within(budget, dense, target.goal(dense), criterion, even, verify)
+
+    def _budget(
+        self, target: Target, axes: Sequence[Axis], limits: Limits, gone: Sequence[int] | None
+    ) -> Budget:
+        kind = TimedBudget if target.timed else Budget
+        return kind(target, self.model, self.inputs, self._coupling, axes, limits, gone)
+
+    def _within(
+        self,
+        budget: Budget,
+        dense: float,
+        goal: float,
+        criterion: Criterion,
+        even: Callable[[float], Sequence[int]] | None,
+        verify: bool,
+        share: float = 1.0,
+    ) -> Decision:
+        """What meets a goal; where some of it cannot go, without that.
+
+        Args:
+            budget: what the network and cuts of it cost.
+            dense: what the dense network costs.
+            goal: what it may cost.
+            criterion: scores of weights.
+            even: how many bundles of each axis a share is; None goes by importance.
+            verify: compare outputs.
+            share: of the way to the target.
+        """
+        kept: list[Stay] = []
+        while True:
+            queues = budget.queues(criterion, share)
+            remove, predicted, measured = budget.choose(queues, goal, even)
+            where = self.model, self.inputs, self._coupling, budget.axes
+            trial = Trial(*where, verify=verify)
+            decision = self._tried(trial, remove, [*kept, *pinned_units(budget.axes)])
+            if not trial.failed:
+                reached = Reached(budget.target, dense, goal, predicted, measured)
+                return replace(decision, reached=reached)
+            kept += [
+                (budget.axes[a].name, u, reason)
+                for a, reason in trial.failed.items()
+                for u in remove[a].nonzero().flatten().tolist()
+            ]
+            budget = budget.without(trial.failed)
 
     def _tried(self, trial: Trial, wanted: Removal, stay: list[Stay]) -> Decision:
         """What of the units that are wanted can go."""
@@ -253,7 +322,7 @@ class Pruner:
         plan.apply(self.model, optimizer=optimizer)
         remember(plan, self.model)
         self._plans.append(plan)
-        self._stay = decision.stay
+        self._stay, self.budget = decision.stay, decision.reached
         apart = decision.apart if plan.removed else Differences(0.0, 0.0, True)
         self.max_abs_diff = apart.absolute if apart else None
         self.max_rel_diff = apart.relative if apart else None
@@ -274,8 +343,11 @@ class Pruner:
         counted = macs(self.model, self.inputs).get("")
         return CutRecord(plan, name, context, asked, reached, size, counted)
 
-    def _why_nothing(self, exact: bool, wanted: bool) -> str:
-        if not exact and not wanted and any(len(a.free) for a in self._axes):
+    def _why_nothing(self, exact: bool, decision: Decision) -> str:
+        met = decision.reached
+        if met is not None and not decision.wanted:
+            return f"the network costs no more than {met.target} allows"
+        if not exact and not decision.wanted and any(len(a.free) for a in self._axes):
             return "that share of the free channels of a layer rounds to none, see also kept()"
         if self._stay:
             return "see kept() for what stayed and why"

@@ -15,7 +15,7 @@ from ..coupling.ranking import ranked_bundles, require_scales, zeroed_units
 from ..coupling.units import Axis
 from .constants import Constants
 
-__all__ = ["Stay", "lowest_units", "ranked_units", "zero_units"]
+__all__ = ["Stay", "lowest_units", "pinned_units", "ranked_units", "zero_units"]
 
 Stay = tuple[str, int, str]  # layer, unit, and why it is not removed
 
@@ -85,7 +85,7 @@ def ranked_units(
         NothingToCompare: the criterion needs more than weights, and sees no difference.
     """
     tensors = dict(model.named_parameters())
-    stay = [(x.name, u, pin) for x in axes for u, pin in enumerate(x.pins) if pin is not None]
+    stay = pinned_units(axes)
     ranked = [a for a, axis in enumerate(axes) if axis.bundles]
     require_scales(tensors, [axes[a] for a in ranked], criterion)
     together = isinstance(counts, int)
@@ -126,6 +126,11 @@ def lowest_units(
     for (a, (_, units)), mark in zip(bundles.items(), marks, strict=True):
         remove[a] = _marked(axes[a], units[mark.cpu()].flatten())
     return remove
+
+
+def pinned_units(axes: Sequence[Axis]) -> list[Stay]:
+    """The units that cannot go, and why."""
+    return [(x.name, u, pin) for x in axes for u, pin in enumerate(x.pins) if pin is not None]
 
 
 def _marked(axis: Axis, units: Tensor) -> Tensor:

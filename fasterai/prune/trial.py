@@ -21,6 +21,7 @@ from ..coupling.probe import (
 )
 from ..coupling.surgery import Cut, shadowed
 from ..coupling.units import Axis, Coupling
+from .budget import Reached
 from .check import Differences, Observation, alike, differences, observe
 from .constants import Constants
 from .plan import Plan
@@ -37,6 +38,7 @@ class Decision:
     stay: list[Stay]
     wanted: bool
     apart: Differences | None
+    reached: Reached | None = None
 
 
 class Trial:

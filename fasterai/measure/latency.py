@@ -1,0 +1,274 @@
+"""What layers take on this machine, at the widths they may have: a table of measured shapes.
+
+Each conv and matrix product is timed at its widths and at half of them, and between these its time
+is taken to be a sum of products of widths; other operations are timed once and follow the elements
+they make. Networks are timed whole, by turns, in `alternating`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from ..coupling.inputs import Inputs, map_tensors, operands_in, run_quietly
+from ..coupling.units import Axis, Coupling
+from .costs import Width, products, widths_seen
+
+__all__ = ["LatencyTable", "alternating", "latency_of_widths"]
+
+_SECONDS = 0.03  # spent on one shape of one operation
+_KNOWN: dict[str, float] = {}  # what was measured in this process
+_STEPS = (16, 8, 4, 2)
+_SAME = 1.03  # times apart by so little are the same
+
+Terms = list[tuple[float, list[Width]]]
+
+
+class LatencyTable:
+    """Milliseconds of operations by their shapes, measured where they are not known yet.
+
+    Args:
+        threads: CPU threads.
+        device: where they run.
+        file: where they are kept; None for this process only.
+
+    Raises:
+        ValueError: the file is no such table.
+    """
+
+    def __init__(
+        self, threads: int, device: torch.device, file: str | os.PathLike[str] | None = None
+    ) -> None:
+        self.threads, self.device = threads, device
+        self.file = None if file is None else Path(file)
+        if self.file is not None and self.file.exists():
+            try:
+                known = json.loads(self.file.read_text())
+                _KNOWN.update({str(k): float(v) for k, v in known.items()})
+            except (ValueError, AttributeError, TypeError) as error:
+                raise ValueError(
+                    f"{self.file} is no table of latencies: {error}; delete it, or name another"
+                ) from error
+
+    def time(self, func: Any, args: Any) -> float:
+        """The milliseconds of one operation; its tensors may be shapes without numbers."""
+        described = map_tensors(args, lambda x: [list(x.shape), str(x.dtype)])
+        key = json.dumps([str(func), described, self.threads, str(self.device)], default=str)
+        if key not in _KNOWN:
+            real = map_tensors(args, self._numbers)
+            with torch.no_grad():
+                names = {"func": func, "args": real}
+                timer = _timer("func(*args)", names, self.threads, self.device)
+                _KNOWN[key] = min(timer.blocked_autorange(min_run_time=_SECONDS).times) * 1e3
+        return _KNOWN[key]
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        if self.file is not None:
+            part = self.file.with_name(f"{self.file.name}.{os.getpid()}.part")
+            part.write_text(json.dumps(_KNOWN))
+            os.replace(part, self.file)
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        if x.dtype.is_floating_point:
+            return torch.rand(x.shape, dtype=x.dtype, device=self.device)
+        return torch.zeros(x.shape, dtype=x.dtype, device=self.device)
+
+
+def latency_of_widths(
+    model: nn.Module,
+    inputs: Inputs,
+    coupling: Coupling,
+    axes: Sequence[Axis],
+    table: LatencyTable,
+) -> tuple[Terms, int]:
+    """The terms of all operations in milliseconds, and the step of widths that is fast.
+
+    The step is 16, 8, 4, 2 or 1: at most of the heaviest layers, widths in between take as long as
+    the next multiple of it, so that they are not worth having.
+
+    Args:
+        model: the network; it is left as it was.
+        inputs: the batch to time.
+        coupling: what is known of its channels.
+        axes: its axes.
+        table: measures, and remembers.
+    """
+    calls: list[tuple[Any, Any, tuple[float, list[Width]] | None, list[Width]]] = []
+
+    def see(seen: Callable[[Tensor, int], Width], func: Any, args: Any, out: Any) -> None:
+        if any(
+            r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
+        ):
+            return  # a view
+        made = out if isinstance(out, Tensor) else next(iter(operands_in((out,))), None)
+        if made is not None and operands_in(args):
+            outline = map_tensors(args, lambda x: x if x.is_meta else x.to("meta"))
+            shape = [seen(made, d) for d in range(made.ndim)]
+            calls.append((func, outline, products(seen, func, args, out), shape))
+
+    widths_seen(model, inputs, coupling, axes, see)
+    terms: Terms = []
+    heavy: list[tuple[float, Callable[[Sequence[int]], float], list[int]]] = []
+    for func, args, product, shape in calls:
+        if product is None:
+            terms.append((_once(table, func, args) / max(1, _size(shape)), shape))
+            continue
+        widths = [w for w in product[1] if w[1]]
+        timed = _timed(table, func, args, product[1])
+        terms += _fitted(timed, widths)
+        if widths:
+            heavy.append((timed([n for n, _ in widths]), timed, [n for n, _ in widths]))
+    return terms, _fast_step(heavy)
+
+
+def alternating(
+    model: nn.Module,
+    inputs: Inputs,
+    threads: int,
+    states: Sequence[Callable[[], AbstractContextManager[Any]]] = (nullcontext,),
+    rounds: int = 5,
+    seconds: float = 0.1,
+) -> list[float]:
+    """Milliseconds of a forward in eval mode, in each of several states of a network.
+
+    The quickest one counts: what else the machine does makes others slower, never quicker. For the
+    same reason a single thread on a CPU is timed by the time that it runs, without that in which
+    the machine does something else.
+
+    Args:
+        model: the network.
+        inputs: the batch.
+        threads: CPU threads.
+        states: contexts in which it is timed, by turns, so that drift hits all alike.
+        rounds: turns.
+        seconds: spent on each state in a turn.
+    """
+    taken: list[list[float]] = [[] for _ in states]
+    for _ in range(rounds):
+        for state, times in zip(states, taken, strict=True):
+            with state(), run_quietly(model):
+                copies = inputs.copies()
+                names = {"model": model, "args": copies.args, "kwargs": copies.kwargs}
+                timer = _timer("model(*args, **kwargs)", names, threads, copies.tensors[0].device)
+                times += timer.blocked_autorange(min_run_time=seconds).times
+    return [min(times) * 1e3 for times in taken]
+
+
+# --- inside --------------------------------------------------------------------------------------
+
+
+def _timer(code: str, names: dict[str, Any], threads: int, device: torch.device) -> Timer:
+    alone = threads == 1 and device.type == "cpu"
+    clock = {"timer": time.thread_time} if alone else {}
+    return Timer(code, globals=names, num_threads=threads, **clock)
+
+
+def _size(shape: Sequence[Width]) -> int:
+    return int(np.prod([n for n, _ in shape], dtype=np.int64))
+
+
+def _once(table: LatencyTable, func: Any, args: Any) -> float:
+    try:
+        return table.time(func, args)
+    except Exception:  # it wants other numbers than random ones
+        return 0.0
+
+
+def _timed(
+    table: LatencyTable, func: Any, args: Any, widths: Sequence[Width]
+) -> Callable[[Sequence[int]], float]:
+    """The time of a product by the sizes of those of its widths that may change."""
+    moving = [i for i, w in enumerate(widths) if w[1]]
+
+    def time(sizes: Sequence[int]) -> float:
+        whole = [n for n, _ in widths]
+        for i, n in zip(moving, sizes, strict=True):
+            whole[i] = n
+        return table.time(func, _resized(func, args, whole))
+
+    return time
+
+
+def _resized(func: Any, args: Any, sizes: Sequence[int]) -> Any:
+    """The arguments of a conv or matrix product with other widths; see `costs.products`."""
+    name = func._schema.name.removeprefix("aten::")
+    args = list(args)
+    if name == "convolution":
+        x, weight, bias, transposed, groups = *args[:3], args[6], args[8]
+        first, second = sizes
+        if groups > 1 and weight.shape[1] == 1 and not transposed:  # depthwise: groups go
+            each = weight.shape[0] // groups
+            groups = max(1, first // each)
+            first = groups * each
+        else:
+            first = max(1, first // groups) * groups
+        read, made = (first, second * groups) if transposed else (second * groups, first)
+        args[0] = x.new_empty((x.shape[0], read, *x.shape[2:]))
+        args[1] = weight.new_empty((first, second, *weight.shape[2:]))
+        args[2] = None if bias is None else bias.new_empty(made)
+        args[8] = groups
+        return tuple(args)
+    at = 1 if "add" in name else 0
+    *lead, m, k, n = sizes
+    args[at] = args[at].new_empty((*lead, m, k))
+    args[at + 1] = args[at + 1].new_empty((*lead, k, n))
+    if at:
+        args[0] = args[0].new_empty((n,))
+    return tuple(args)
+
+
+def _fitted(timed: Callable[[Sequence[int]], float], widths: Sequence[Width]) -> Terms:
+    """A sum of products of widths, none of them negative, through times at them and at halves."""
+    if not widths:
+        return [(timed([]), [])]
+    whole = [n for n, _ in widths]
+    subsets = (
+        list(_subsets(range(len(widths)))) if len(widths) < 3 else [(), tuple(range(len(widths)))]
+    )
+    points = [[n - n // 2 if i in half else n for i, n in enumerate(whole)] for half in subsets]
+    times = [timed(p) for p in points]
+    features = [
+        [float(np.prod([p[i] / whole[i] for i in part])) for part in subsets] for p in points
+    ]
+    weights = nnls(np.array(features), np.array(times))[0]
+    return [
+        (float(weight) / float(np.prod([whole[i] for i in part])), [widths[i] for i in part])
+        for weight, part in zip(weights, subsets, strict=True)
+        if weight > 0
+    ]
+
+
+def _subsets(items: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    for n in range(len(items) + 1):
+        yield from itertools.combinations(items, n)
+
+
+def _fast_step(
+    heavy: Sequence[tuple[float, Callable[[Sequence[int]], float], list[int]]], layers: int = 4
+) -> int:
+    """The largest step such that most of the time goes to layers that gain nothing in between."""
+    some = sorted(heavy, key=lambda h: -h[0])[:layers]
+    votes: Mapping[int, float] = dict.fromkeys(_STEPS, 0.0)
+    for weight, timed, sizes in some:
+        for step in _STEPS:
+            wide = [n * 3 // 4 // 16 * 16 for n in sizes]
+            if min(wide) <= 16:
+                continue
+            less = [[n - k for n in wide] for k in {1, step // 2, step - 1} if 0 < k < step]
+            if timed(wide) <= _SAME * min(timed(x) for x in less):
+                votes[step] += weight
+    total = sum(weight for weight, _, _ in some)
+    return next((step for step in _STEPS if 2 * votes[step] > total), 1)

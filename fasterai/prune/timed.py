@@ -1,0 +1,110 @@
+"""Budgets of time: chosen by a table of measured layers, verified on the whole network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..core.masks import Limits
+from ..coupling.probe import Removal, cutting
+from ..coupling.surgery import shadowed
+from ..measure.costs import Costs
+from ..measure.latency import LatencyTable, alternating, latency_of_widths
+from .budget import Budget, UnreachableTarget
+from .queues import Queue
+
+__all__ = ["TimedBudget"]
+
+_ROUNDS = 4  # the first choice and three corrections
+_NEAR = 0.1
+_TURNS = 5
+
+
+class TimedBudget(Budget):
+    """The milliseconds of a network and cuts of it, for `latency_ms` and `speedup`.
+
+    The table says what widths are worth; how the whole network, timed by turns with the one it is
+    made from, differs from its prediction corrects what is asked of it.
+
+    Args:
+        dense_ms: what the dense network took; None where it is the one that is there.
+
+    The other arguments are those of `Budget`.
+    """
+
+    def __init__(self, *args: Any, dense_ms: float | None = None) -> None:
+        super().__init__(*args)
+        self._dense_ms = self._now if dense_ms is None else dense_ms
+        user = self.limits
+        if user.round_to == 1 and self._step > 1:
+            self.limits = Limits(user.min_keep, self._step)
+            if self.costs.at(self._most()) > self.target.goal(self._dense_ms):
+                self.limits = user  # it takes narrower layers than are fast for their width
+
+    def dense(self) -> float:
+        """What the dense network took."""
+        return self._dense_ms
+
+    def measured(self, remove: Removal | None = None) -> float:
+        """What the network takes, or would without these units, as a share of what it takes now."""
+        if not remove or not any(bool(units.any()) for units in remove.values()):
+            return self._now
+        plan = cutting(self.model, self.coupling, self.axes, remove)
+        states = nullcontext, partial(shadowed, self.model, plan)
+        now, then = self._alternating(states, _TURNS)
+        return then / now * self._now  # drift of the machine does not count
+
+    def choose(
+        self,
+        queues: Sequence[Queue],
+        goal: float,
+        shares: Callable[[float], Sequence[int]] | None,
+    ) -> tuple[Removal, float, float]:
+        """Units whose removal meets the goal; see `Budget.choose`."""
+        self.check(goal)
+        aim, tried, last = goal, [], None
+        for _ in range(_ROUNDS):
+            counts = self._counts(queues, aim, shares)
+            if counts == last:
+                break
+            last = counts
+            remove = self._units(queues, counts)
+            tried.append((remove, self.costs.at(counts), self.measured(remove)))
+            measured = tried[-1][2]
+            if (1 - _NEAR) * goal <= measured <= goal:
+                return tried[-1]
+            least = self.costs.at(self._most())
+            aim = max(least, min(2 * aim, aim * 0.97 * goal / measured))
+        met = [x for x in tried if x[2] <= goal]
+        if met:
+            return max(met, key=lambda x: x[2])
+        best = min(tried, key=lambda x: x[2])
+        if best[2] > (1 + _NEAR) * goal:
+            raise UnreachableTarget(
+                f"{self.target} was not reached: the fastest network found takes {best[2]:.4g} ms, "
+                f"{goal:.4g} are allowed; what costs most of it: {self._holders()}",
+                best[2],
+            )
+        return best
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _costs(self) -> Costs:
+        self._batch = self.inputs.batch(self.target.batch)
+        self._threads = self.target.threads or torch.get_num_threads()
+        device = self._batch.tensors[0].device
+        table = LatencyTable(self._threads, device, self.target.table)
+        where = self.model, self._batch, self.coupling, self.axes
+        terms, self._step = latency_of_widths(*where, table)
+        table.save()
+        self._now = self._alternating([nullcontext], _TURNS)[0]
+        whole = Costs(terms, len(self.axes)).at([0] * len(self.axes))
+        right = self._now / whole if whole else 1.0  # what the table does not know of
+        return Costs([(right * factor, widths) for factor, widths in terms], len(self.axes))
+
+    def _alternating(self, states: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+        return alternating(self.model, self._batch, self._threads, states, rounds)

@@ -1,0 +1,206 @@
+"""Budgets of time, with a machine whose times are known: nothing here looks at a clock."""
+
+import json
+import math
+
+import pytest
+import torch
+import torchvision
+from networks import Residual, images, make
+from torch import nn
+
+from fasterai.core.target import Target
+from fasterai.coupling.run import run_shapes
+from fasterai.measure import latency
+from fasterai.measure.costs import Costs
+from fasterai.measure.latency import LatencyTable, latency_of_widths
+from fasterai.measure.profile import macs
+from fasterai.prune import timed
+from fasterai.prune.budget import UnreachableTarget
+from fasterai.prune.gradual import GradualPruner
+from fasterai.prune.pruner import Pruner
+
+tv = torchvision.models
+aten = torch.ops.aten
+
+
+def up_to(n, step):
+    return math.ceil(n / step) * step
+
+
+class Machine:
+    """Takes a millisecond for so many products, which it does in lanes; and somewhat for a call."""
+
+    def __init__(self, lanes=1, overhead=0.01, slower=1.0):
+        self.lanes, self.overhead, self.slower = lanes, overhead, slower
+        self.asked = []
+
+    def time(self, table, func, args):
+        self.asked.append(func)
+        if func is aten.convolution.default:
+            x, weight = args[:2]
+            first, second = (up_to(n, self.lanes) if n > 1 else n for n in weight.shape[:2])
+            out = [n // s for n, s in zip(x.shape[2:], args[3], strict=True)]
+            work = first * second * weight[0, 0].numel() * math.prod(out) * x.shape[0]
+            return self.overhead + work / 1e6
+        if func in (aten.mm.default, aten.addmm.default):
+            a, b = args[-2:]
+            return self.overhead + a.shape[0] * a.shape[1] * b.shape[1] / 1e6
+        return self.overhead
+
+    def whole(self, model, inputs, threads, states, rounds=5, seconds=0.1):
+        return [self.of_network(model, inputs, state) for state in states]
+
+    def of_network(self, model, inputs, state):
+        machine, total = self, []
+
+        class Adds(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func in (aten.convolution.default, aten.mm.default, aten.addmm.default):
+                    total.append(machine.slower * machine.time(None, func, args))
+                return func(*args, **(kwargs or {}))
+
+        with state():
+            run_shapes(model, inputs, Adds())
+        return sum(total)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    def install(**how):
+        machine = Machine(**how)
+        monkeypatch.setattr(LatencyTable, "time", lambda *a: machine.time(*a))
+        monkeypatch.setattr(timed, "alternating", machine.whole)
+        return machine
+
+    return install
+
+
+def resnet():
+    torch.manual_seed(0)
+    return tv.resnet18(num_classes=10).eval(), torch.randn(2, 3, 64, 64)
+
+
+@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize("target", [Target(speedup=2, batch=4), Target(latency_ms=150, batch=4)])
+def test_the_target_is_met_where_the_table_is_right(machine, target, context):
+    machine()
+    model, x = resnet()
+    pruner = Pruner(model, x)
+    pruner.prune_model(target, context=context)
+    budget = pruner.budget
+    assert 0.9 * budget.goal <= budget.measured <= budget.goal
+    assert budget.predicted == pytest.approx(budget.measured, rel=0.1)
+    assert budget.goal == (150 if target.kind == "latency_ms" else budget.dense / 2)
+
+
+def test_what_the_table_does_not_know_is_corrected_by_measuring(machine):
+    """The whole network takes a constant time more, which no cut takes away."""
+    known = machine()
+    first = known.of_network
+    known.of_network = lambda *args: first(*args) + 100
+    model, x = resnet()
+    pruner = Pruner(model, x)
+    pruner.prune_model(Target(speedup=1.5, batch=4), context="global")
+    assert 0.9 * pruner.budget.goal <= pruner.budget.measured <= pruner.budget.goal
+    assert pruner.budget.predicted < 0.95 * pruner.budget.measured
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_fast_widths_are_found_and_kept_to(machine, lanes):
+    machine(lanes=lanes)
+    model, x = resnet()
+    pruner = Pruner(model, x)
+    pruner.prune_model(Target(speedup=2))
+    widths = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert all(n % lanes == 0 for n in widths) and min(widths) < 64
+    here, x = resnet()
+    ignoring = Pruner(here, x)
+    ignoring.prune_model(Target(macs=macs(model, x)[""]))
+    other = Machine(lanes=lanes)
+    times = [other.whole(m, pruner.inputs, 1, [torch.no_grad])[0] for m in (model, here)]
+    assert times[0] < times[1]  # as many MACs, in narrower lanes
+
+
+def test_where_all_widths_are_as_good_none_are_rounded(machine):
+    machine()
+    model, x = resnet()
+    Pruner(model, x).prune_model(Target(speedup=2))
+    assert any(m.out_channels % 2 for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+def test_what_is_too_fast_is_refused(machine):
+    machine()
+    model, x = resnet()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UnreachableTarget, match="conv1 keeps"):
+        Pruner(model, x).prune_model(Target(latency_ms=0.05))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_step_by_step(machine):
+    machine()
+    model, x = resnet()
+    pruner = GradualPruner(model, x, "global")
+    times = []
+    for share in (0.3, 0.6, 1.0):
+        pruner.prune_to(Target(speedup=2), share=share)
+        times.append(pruner.budget.measured)
+        assert pruner.budget.dense == pytest.approx(times[0] and pruner._took[1, None])
+    assert times == sorted(times, reverse=True)
+    assert 0.9 * pruner._took[1, None] / 2 <= times[-1] <= pruner._took[1, None] / 2
+    assert pruner.arrived(Target(speedup=2))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: tv.mobilenet_v2(width_mult=0.25),
+        lambda: tv.resnext50_32x4d(num_classes=4),
+        lambda: tv.VisionTransformer(64, 16, 2, 4, 64, 128),
+        lambda: tv.segmentation.fcn_resnet50(num_classes=2, weights_backbone=None),
+    ],
+)
+def test_all_operations_are_timed_at_shapes_that_work(build, monkeypatch):
+    """Real operations run, at full and halved widths; only the clock is not looked at."""
+    failed = []
+
+    def time(table, func, args):
+        real = latency.map_tensors(args, table._numbers)
+        try:
+            func(*real)
+        except Exception as error:
+            failed.append((str(func), str(error)))
+            raise
+        return 1.0
+
+    monkeypatch.setattr(LatencyTable, "time", time)
+    torch.manual_seed(0)
+    pruner = Pruner(build().eval(), torch.randn(1, 3, 64, 64))
+    table = LatencyTable(1, torch.device("cpu"))
+    where = pruner.model, pruner.inputs.batch(1), pruner._coupling, pruner._axes
+    terms, _ = latency_of_widths(*where, table)
+    assert not failed and Costs(terms, len(pruner._axes)).at([0] * len(pruner._axes)) > 10
+
+
+def test_a_table_is_kept_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "_KNOWN", {})
+    file = tmp_path / "layers.json"
+    table = LatencyTable(1, torch.device("cpu"), file)
+    args = torch.empty(2, 3, device="meta"), torch.empty(3, 4, device="meta")
+    took = table.time(aten.mm.default, args)
+    table.save()
+    assert list(json.loads(file.read_text()).values()) == [took]
+    monkeypatch.setattr(latency, "_KNOWN", {})
+    monkeypatch.setattr(latency, "_timer", None)  # nothing is measured again
+    assert LatencyTable(1, torch.device("cpu"), file).time(aten.mm.default, args) == took
+    file.write_text("no table")
+    with pytest.raises(ValueError, match="is no table of latencies"):
+        LatencyTable(1, torch.device("cpu"), file)
+
+
+def test_a_real_clock_says_something():
+    model = make(Residual)
+    pruner = Pruner(model, images())
+    times = latency.alternating(model, pruner.inputs, 1, rounds=1, seconds=0.01)
+    assert len(times) == 1 and 0 < times[0] < 1e4
