@@ -1,5 +1,6 @@
 """Everything, for notebooks: `from fasterai.all import *`."""
 
+from .audit.all import *
 from .core.criteria import *
 from .core.granularity import *
 from .core.schedule import *

@@ -60,8 +60,8 @@ def test_layers_go_by_name():
     model = net()
     with pytest.raises(ValueError, match="by names of layers, got Conv2d"):
         Sparsifier(model).sparsify_model({model[0]: 0.5})
-    with pytest.raises(TypeError, match="one sparsity for all layers"):
-        Pruner(model, X).prune_model({"0": 0.5})
+    with pytest.raises(ValueError, match="no layer 'conv'"):
+        Pruner(model, X).prune_model({"conv": 0.5})
 
 
 @pytest.mark.parametrize("name", sorted(FORMER))

@@ -21,6 +21,7 @@ ORDER = [
     "regularize",
     "prune",
     "distill",
+    "audit",
     "deploy",
 ]
 MAY = {
@@ -34,6 +35,7 @@ MAY = {
     "tickets": {"core", "coupling", "measure", "score", "fit", "sparse", "tickets"},
     "regularize": {"core", "coupling", "measure", "score", "fit", "sparse", "regularize"},
     "distill": {"core", "coupling", "measure", "score", "fit", "distill"},
+    "audit": {"core", "coupling", "measure", "score", "prune", "audit"},
     "deploy": set(ORDER),
 }
 FILES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))

@@ -8,16 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import ALL, Parted, Plain, Residual, make
+from test_callback import learner
 from test_score import DEVICES, batches, loss_func
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fasterai.core.criteria import Criterion
+from fasterai.core.schedule import one_shot
 from fasterai.coupling.surgery import shadowed
+from fasterai.prune.callback import PruneCallback
 from fasterai.prune.pruner import Pruner
 from fasterai.score.oracle import Oracle, measured, oracle
 from fasterai.score.removing import Removals
 from fasterai.score.score import score
+from fasterai.sparse.callback import SparsifyCallback
 from fasterai.sparse.sparsifier import Sparsifier
 
 
@@ -285,12 +289,12 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path):
     assert len(one.table()) == 1 and len(file.read_bytes().splitlines()) == 1 + len(whole.changes)
 
 
-@pytest.mark.parametrize("left", [1, 7, -1])
+@pytest.mark.parametrize("left", [1, 7, -1, None])
 def test_a_line_that_was_not_finished_is_measured_again(tmp_path, left):
     model, file = make(Residual, torch.float64), tmp_path / "a.jsonl"
     whole = measure(model, file=file)
     lines = file.read_bytes().splitlines(keepends=True)
-    cut = lines[-1][:left]
+    cut = b"x" * 1000 if left is None else lines[-1][:left]
     file.write_bytes(b"".join(lines[:-1]) + cut)
     assert measure(model, file=file).changes == whole.changes
     assert file.read_bytes().splitlines(keepends=True) == lines
@@ -366,3 +370,35 @@ def test_on_every_device(device):
     found = measure(model.to(device), [(x.float(), y.float()) for x, y in batches()])
     expected = pytest.approx(list(exact.changes.values()), abs=1e-4)
     assert list(found.changes.values()) == expected
+
+
+def test_the_loss_is_computed_in_single_precision_at_least():
+    seen = set()
+    data = [(x, y.float()) for x, y in batches()]
+    measure(make(Residual).bfloat16(), data, loss_func=lambda out, y: seen.add(out.dtype) or 1.0)
+    assert seen == {torch.float32}  # in half precision small changes would vanish
+    found = measure(make(Residual, torch.float64), loss_func=lambda out, y: out.mean())
+    assert found(make(Residual, torch.float64).c1.weight, "c1.weight").dtype == torch.float64
+
+
+def test_nothing_to_measure_is_said():
+    with pytest.raises(ValueError, match="no unit to measure"):
+        measure(nn.Sequential(nn.Linear(3, 4)), [(torch.ones(2, 3), torch.ones(2, 4))])
+    with pytest.raises(ValueError, match="no unit to measure"):
+        measure(make(Residual, torch.float64), units=[])
+
+
+def test_callbacks_rank_by_it():
+    learn = learner()
+    found = oracle(learn.model, learn.dls.valid, loss_func=learn.loss_func, progress=False)
+    low = sorted((d, u) for (a, u), d in found.changes.items() if a == 1)[:8]
+    learn.fit(1, cbs=SparsifyCallback(0.5, "filter", criteria=found, schedule=one_shot))
+    zero = (learn.model.c1.weight == 0).flatten(1).all(1).nonzero().flatten().tolist()
+    assert zero == sorted(u for _, u in low)
+    learn = learner()
+    cb = PruneCallback(0.5, criteria=found, schedule=one_shot)
+    learn.fit(1, cbs=cb)
+    stays = sorted({*range(16)} - {u for _, u in low})
+    assert list(cb.plan.kept["c1.weight"][0]) == stays
+    with pytest.raises(ValueError, match="score it again"):
+        Pruner(learn.model, learn.dls.one_batch()[0]).plan_for(0.5, criteria=found)

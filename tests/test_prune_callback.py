@@ -581,7 +581,7 @@ def test_an_interrupt_inside_a_cut(monkeypatch, where, at):
 def test_what_cannot_work_is_said_before_training():
     for wrong, error, match in (
         ({"sparsity": 40}, ValueError, "pass 0.4"),
-        ({"sparsity": {"c1": 0.5}}, TypeError, "fraction"),
+        ({"sparsity": "half"}, TypeError, "fraction"),
         ({"sparsity": 0.5, "context": "layer"}, ValueError, "context"),
         ({"sparsity": 0.5, "criteria": "l1"}, TypeError, "criteria"),
         ({"sparsity": 0.5, "round_to": 0}, ValueError, "round_to"),

@@ -126,6 +126,8 @@ def test_it_is_no_worse_than_where_it_starts(context):
         first = search(model, start=start, context=context, particles=2, rounds=1, noise=1e-9)
         assert first.loss == pytest.approx(mean_of(cut, batches()), rel=1e-9)
         assert found.loss <= first.loss
+        far = search(model, start=start, context=context, particles=2, rounds=1, noise=1.0)
+        assert far.loss <= first.loss
 
 
 def test_the_same_mask_is_measured_once():

@@ -198,6 +198,13 @@ class Criterion:
         return replace(self, records=records)
 
     @property
+    def title(self) -> str:
+        """What to call it in tables."""
+        name = self.name or getattr(self.func, "__name__", "")
+        name = name if name.isidentifier() else "a function"
+        return name if self.norm is None else f"{name}, {self.norm}"
+
+    @property
     def _who(self) -> str:
         return f"criterion {self.name or self.func!r}"
 

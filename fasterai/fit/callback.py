@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fastai.callback.core import Callback
@@ -189,7 +189,7 @@ class ScheduledCallback(FitCallback):
         self.schedule = as_schedule(schedule)
         self.hold_trackers = hold_trackers
         self._gathering = Gathering(self.criteria)
-        self.history: list[tuple[int, float]] = []
+        self.history: Sequence[tuple[int, float]] = []
 
     # --- for subclasses ------------------------------------------------------------------------
 
@@ -200,6 +200,18 @@ class ScheduledCallback(FitCallback):
     def reached(self) -> float:
         """What goes into `history`, a share."""
         raise NotImplementedError
+
+    def forget(self) -> None:
+        """Begin the history of another fit."""
+        self.history = []
+
+    def note(self, finished: int) -> None:
+        """Write an update into the history."""
+        self.history.append((finished, self.reached()))
+
+    def curve(self) -> Sequence[tuple[int, float]]:
+        """The history of the last fit, to be drawn."""
+        return self.history
 
     def values(self) -> list[Any]:
         """A value for each of the `columns`, after an epoch."""
@@ -301,7 +313,8 @@ class ScheduledCallback(FitCallback):
         self._total = self.n_epoch * self.n_iter
         self._updates = self.schedule.updates(self._total, self.n_iter)
         self._warn_of_span()
-        self.history, self._waiting = [], ""
+        self._waiting = ""
+        self.forget()
         self._gathering = Gathering(self.criteria)
         self._begun = due = _due_before(self._updates, self.finished)
         self._done, self._share = max(0, len(due) - 1), due[-1] if due else 0.0
@@ -365,7 +378,7 @@ class ScheduledCallback(FitCallback):
             self._waiting = str(error)
             return
         self._gathering.renew(self.learn.model, self.xb)
-        self.history.append((finished, self.reached()))
+        self.note(finished)
 
     def _warn_of_span(self) -> None:
         first, last = self._updates[0][0], self._updates[-1][0]
@@ -387,7 +400,7 @@ class ScheduledCallback(FitCallback):
             )
 
     def _plot(self, ylabel: str, title: str, ax: Any = None) -> Any:
-        """Draw `history` over the steps of the last fit; returns the axes."""
-        if not self.history:
+        """Draw the history over the steps of the last fit; returns the axes."""
+        if not self.curve():
             raise RuntimeError("nothing to plot yet: fit with this callback first")
-        return plot_steps(self.history, self._total, ylabel=ylabel, title=title, ax=ax)
+        return plot_steps(self.curve(), self._total, ylabel=ylabel, title=title, ax=ax)

@@ -10,7 +10,14 @@ import pandas as pd
 
 from ..core.schedule import SCHEDULES, Chain, Schedule
 
-__all__ = ["plot_correlations", "plot_schedules", "plot_steps", "plot_training", "plot_widths"]
+__all__ = [
+    "plot_correlations",
+    "plot_removed",
+    "plot_schedules",
+    "plot_steps",
+    "plot_training",
+    "plot_widths",
+]
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#BBBBBB"  # apart for the colour-blind
 
@@ -93,6 +100,40 @@ def plot_training(
     ax.set(xlabel="epoch", ylabel="share", ylim=(0, 1.03), xlim=(0, end * 1.02))
     ax.set_title(f"{metric_name} while sparsity rises")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False)
+    return ax
+
+
+def plot_removed(
+    removed: pd.DataFrame, widths: Sequence[int], names: Sequence[str] = (), ax: Any = None
+) -> Any:
+    """What each cut took of each layer, as bars stacked by cut in front of the first widths.
+
+    Args:
+        removed: a row for each layer, a column for each cut, in units; `History.removed()`.
+        widths: units of each layer at the start.
+        names: of the cuts, for the legend or the colour bar; default their columns.
+        ax: where to draw.
+    """
+    import matplotlib.pyplot as plt
+
+    names = [str(n) for n in names or removed.columns]
+    ax = _axes(ax, max(5.0, 0.32 * len(removed) + 1.5))
+    x = range(len(removed))
+    ax.bar(x, list(widths), color="#E8E8E8", label="at the start")
+    colours = plt.get_cmap("cividis")
+    floor = 0 * removed.iloc[:, 0]
+    for k, column in enumerate(removed):
+        shade = colours(k / max(1, removed.shape[1] - 1))
+        ax.bar(x, removed[column], bottom=floor, color=shade, label=names[k])
+        floor = floor + removed[column]
+    ax.set_xticks(list(x), removed.index, rotation=90, fontsize=8)
+    ax.set(ylabel="units", title=f"{int(floor.sum())} units removed, by layer and cut")
+    if len(names) <= 8:
+        ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    else:
+        scale = plt.cm.ScalarMappable(plt.Normalize(1, len(names)), colours)
+        bar = ax.figure.colorbar(scale, ax=ax, ticks=[1, len(names)])
+        bar.set_ticklabels([names[0], names[-1]])
     return ax
 
 

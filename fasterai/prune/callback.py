@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion, large_final
 from ..core.former import explain_former
-from ..core.masks import Limits, as_context, as_fraction
+from ..core.masks import Limits, as_context
 from ..core.names import LayerChoice, as_choices
 from ..core.processes import must_renew, renew
 from ..core.schedule import Chain, Schedule, agp, goes_down
 from ..fit.callback import ScheduledCallback
 from ..measure.profile import macs
+from .amounts import Units, as_amount, asks, part_of
 from .gradual import GradualPruner
+from .history import History
 from .optimizer import check_optimizer
 from .plan import Plan
 
@@ -43,7 +45,9 @@ class PruneCallback(ScheduledCallback):
     Frozen layers are left alone and do not count.
 
     Args:
-        sparsity: the share of the units to remove, a fraction in [0, 1].
+        sparsity: the share of the units to remove, a fraction in [0, 1]; {layer name: fraction}
+            under 'local', the others staying whole; or `Units(512)`, so many of all layers, under
+            'global'.
         context: 'local' removes it from each group of coupled layers, 'global' from all together.
         criteria: scores of weights, higher = keep. Initial weights are those at the start of each
             fit, previous ones those after the last cut. Gradients are those of the optimizer step,
@@ -57,11 +61,15 @@ class PruneCallback(ScheduledCallback):
         example_inputs: to see which layers are coupled; default the first training batch.
         whole_heads: attention heads go as a whole; else each becomes narrower.
         verify: compare outputs at each cut, beside the wiring.
-        after: what was cut already, `plan` of the callback of a fit that was stopped in another
-            process. With it shares count from the network before that, and `fit(n, start_epoch=k,
-            cbs=PruneCallback(0.5, after=plan))` goes on where that fit was.
+        after: what was cut already, `plan` or `history` of the callback of a fit that was stopped
+            in another process. With it shares count from the network before that, and
+            `fit(n, start_epoch=k, cbs=PruneCallback(0.5, after=plan))` goes on where that fit was.
         hold_trackers: `SaveModelCallback`, `EarlyStoppingCallback` and their kind wait for the
             last cut.
+
+    Attributes:
+        history: every update since the callback first saw the network, in all fits with it, a
+            value that can be shown, stored and replayed; see `History`.
     """
 
     columns = ("sparsity", "parameters", "MACs")
@@ -70,7 +78,7 @@ class PruneCallback(ScheduledCallback):
     @explain_former()
     def __init__(
         self,
-        sparsity: float,
+        sparsity: float | Mapping[str, float] | Units,
         context: str = "local",
         criteria: Criterion | Callable[[Tensor], Tensor] = large_final,
         schedule: Schedule | Chain | Callable[[float], float] = agp.over(n_steps=10),  # noqa: B008
@@ -81,16 +89,19 @@ class PruneCallback(ScheduledCallback):
         example_inputs: Any = None,
         whole_heads: bool = False,
         verify: bool = True,
-        after: Plan | None = None,
+        after: Plan | History | None = None,
         hold_trackers: bool = True,
     ) -> None:
         super().__init__(criteria, schedule, hold_trackers)
-        self.sparsity, self.context = as_fraction(sparsity), as_context(context)
+        self.context = as_context(context)
+        self.sparsity = as_amount(sparsity, context)
         Limits(min_keep, round_to)
         self.min_keep, self.round_to = min_keep, round_to
         self.exclude, self.example_inputs = as_choices(exclude), example_inputs
         self.whole_heads, self.verify, self.after = whole_heads, verify, after
         self._pruner: GradualPruner | None = None
+        self.history = after if isinstance(after, History) else History(before=after)
+        self._fit = 1
 
     # --- afterwards ----------------------------------------------------------------------------
 
@@ -127,8 +138,11 @@ class PruneCallback(ScheduledCallback):
             self._pruner = self._processes.together(self._pruner_of_model)
         else:
             self._pruner.watch()
-        if not self.sparsity or not self._anything_free():
+        self.history = self._pruner.history
+        self._fit = 1 + max((cut.fit or 0 for cut in self.history.cuts), default=0)
+        if not asks(self.sparsity) or not self._anything_free():
             return False
+        self.arrived()  # unknown layers are refused now
         self._pruner.criteria = self.gather()
         self._pruner.try_criteria()  # one that fails does so before training
         self._pruner.criteria = self.criteria
@@ -143,12 +157,16 @@ class PruneCallback(ScheduledCallback):
     def go(self, share: float, before: float) -> None:
         """Cut as far as the schedule says."""
         self._pruner.criteria = self.scored()
-        plan = self.agreed(lambda: self._pruner.plan_to(share * self.sparsity))
-        if plan is not None:
-            try:
-                self._pruner.carry_out(plan, optimizer=self.learn.opt)
-            finally:  # an interrupt may come when it is cut
-                self.after_cut()
+        asked = part_of(self.sparsity, share)
+        plan = self.agreed(lambda: self._pruner.plan_to(asked))
+        if plan is None:
+            self._pruner.pass_by(asked)
+            return
+        try:
+            self._pruner.carry_out(plan, optimizer=self.learn.opt, asked=asked)
+        finally:  # an interrupt may come when it is cut
+            self.history = self._pruner.history
+            self.after_cut()
 
     def agreed(self, planned: Callable[[], Plan | None]) -> Plan | None:
         """The plan that all processes carry out: that of the first. None cuts nothing."""
@@ -170,6 +188,22 @@ class PruneCallback(ScheduledCallback):
         renew(self.learn.model)
         if _is_compiled(self.learn.model):
             torch.compiler.reset()  # else torch gives up after a few recompilations
+
+    def forget(self) -> None:
+        """Keep the history: it goes on in later fits."""
+
+    def note(self, finished: int) -> None:
+        """Write into the history when the cut was."""
+        self._pruner.history = self._pruner.history.noting(step=finished, fit=self._fit)
+        self.history = self._pruner.history
+
+    def after_validate(self) -> None:
+        """Write the metrics into the history, and fill the columns."""
+        seen = self._training and hasattr(self.learn, "recorder")
+        if seen and any(cut.fit == self._fit for cut in self.history.cuts[-1:]):
+            self._pruner.note(**self._metrics())
+            self.history = self._pruner.history
+        super().after_validate()
 
     def reached(self) -> float:
         """The share of the units that is gone."""
@@ -193,6 +227,17 @@ class PruneCallback(ScheduledCallback):
             self._pruner.release()
 
     # --- inside --------------------------------------------------------------------------------
+
+    def curve(self) -> list[tuple[int, float]]:
+        """What the history says of the last fit."""
+        return [(cut.step, cut.reached) for cut in self.history.cuts if cut.fit == self._fit]
+
+    def _metrics(self) -> dict[str, float]:
+        """The validation loss and metrics of this epoch."""
+        recorder = self.learn.recorder
+        names = {metric.name for metric in self.learn.metrics}
+        logged = zip(recorder.metric_names, recorder.log, strict=False)  # our columns follow
+        return {n: x for n, x in logged if n in names or n.startswith("valid_")}
 
     def _pruner_of_model(self) -> GradualPruner:
         example = self.xb if self.example_inputs is None else self.example_inputs

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.criteria import Criterion, as_criterion, large_final
-from ..core.masks import Limits, as_context, as_fraction
+from ..core.masks import Limits, as_context
 from ..core.names import LayerChoice, plain, unwrapped
 from ..core.records import Records, stand_in
 from ..coupling.labels import PRODUCE, Dim
@@ -18,7 +18,10 @@ from ..coupling.ranking import require_scales, unit_scores
 from ..coupling.remaining import remaining
 from ..coupling.surgery import smaller
 from ..coupling.units import Axis
+from ..measure.profile import macs
+from .amounts import Amount, as_amount, counts_of, share_of
 from .fitting import cut_for, cuts_of, must_lead_to, steps_of
+from .history import CutRecord, History
 from .plan import Plan
 from .pruner import Pruner, shapes
 from .select import ranked_units
@@ -49,8 +52,8 @@ class GradualPruner(Pruner):
         round_to: widths become multiples of this.
         min_keep: units that stay in each axis, at least.
         verify: compare outputs at each cut. The labels are replayed in any case.
-        after: what was cut before this pruner was made, to go on from; shares count from the
-            network before that, then.
+        after: what was cut before this pruner was made, to go on from, a plan or a history; shares
+            count from the network before that, then.
 
     Raises:
         ValueError: `after` is not what has led to this network.
@@ -68,24 +71,26 @@ class GradualPruner(Pruner):
         round_to: int = 1,
         min_keep: int = 1,
         verify: bool = True,
-        after: Plan | None = None,
+        after: Plan | History | None = None,
     ) -> None:
         self.context, self.criteria = as_context(context), as_criterion(criteria)
         self.limits, self.verify = Limits(min_keep, round_to), verify
         network = unwrapped(model)
         super().__init__(network, example_inputs, exclude=exclude, whole_heads=whole_heads)
         self._first = tuple(self._axes)  # the axes at the start; those of today lie at their places
-        self._earlier = _removed(after, network, self._first)
-        self._after = after
+        self.history = after if isinstance(after, History) else History(before=after)
+        self._after = self.history.plan
+        self._earlier = _removed(self._after, network, self._first)
         self._decision: Decision | None = None
         self._cut: tuple[Plan | None, Mapping[Dim, Tensor]] = None, {}
         self.watch()
 
-    def prune_to(self, sparsity: float, *, optimizer: Any = None) -> nn.Module:
+    def prune_to(self, sparsity: Amount, *, optimizer: Any = None) -> nn.Module:
         """Remove units until this share of those at the start is gone; returns the model.
 
         Args:
-            sparsity: a fraction in [0, 1]; nothing happens where as many are gone already.
+            sparsity: a fraction in [0, 1]; {layer name: fraction} under 'local'; `Units(512)`
+                under 'global'. Nothing happens where as many are gone already.
             optimizer: see `Pruner.prune_model`.
 
         Raises:
@@ -94,15 +99,15 @@ class GradualPruner(Pruner):
         """
         plan = self.plan_to(sparsity)
         if plan is not None:
-            self.carry_out(plan, optimizer=optimizer)
+            self.carry_out(plan, optimizer=optimizer, asked=sparsity)
         return self.model
 
-    def plan_to(self, sparsity: float) -> Plan | None:
+    def plan_to(self, sparsity: Amount) -> Plan | None:
         """What `prune_to` would do; None where that is nothing."""
         self._refresh()
         if self.arrived(sparsity):
             return None
-        missing = self._missing(as_fraction(sparsity))
+        missing = self._missing(sparsity)
         criterion = self.criteria.reading(self._records)
         axes, gone = self._trained(self._axes), self._gone()
         chosen = ranked_units(self.model, axes, missing, criterion, self.limits, gone)
@@ -110,22 +115,44 @@ class GradualPruner(Pruner):
         self._decision = self._tried(Trial(*where, verify=self.verify), *chosen)
         return self._decision.plan if self._decision.plan.removed else None
 
-    def carry_out(self, plan: Plan, *, optimizer: Any = None) -> None:
-        """Cut as `plan_to` says, of this pruner or of its like in another process."""
+    def carry_out(self, plan: Plan, *, optimizer: Any = None, asked: Amount | None = None) -> None:
+        """Cut as `plan_to` says, of this pruner or of its like in another process.
+
+        Args:
+            plan: its plan.
+            optimizer: see `Pruner.prune_model`.
+            asked: what it was asked for, to be written into the history.
+        """
         decision = self._decision
         if decision is None or decision.plan is not plan:
             decision = Decision(plan, [], True, None)
         self._refresh()
-        self._carry_out(decision, optimizer)
+        try:
+            self._carry_out(decision, optimizer)
+        finally:  # an interrupt may come when it is cut
+            if self._plans and self._plans[-1] is plan:
+                self.pass_by(asked, plan)
+
+    def pass_by(self, asked: Amount | None, plan: Plan | None = None) -> None:
+        """Write into the history what was asked and, if anything, cut."""
+        share = None
+        if asked is not None:
+            amount, sizes = as_amount(asked, self.context), [n for n, _ in self._counted()]
+            share = share_of(amount, self._first, sizes, self.context)
+        name = self.criteria.title
+        size = sum(p.numel() for p in self.model.parameters())
+        record = CutRecord(plan, name, self.context, share, self.reached(), size)
+        self.history = self.history.also(record)  # an interrupt may come while MACs are counted
+        self.history = self.history.noting(macs=macs(self.model, self.inputs).get(""))
 
     def reached(self) -> float:
         """The share of the units at the start that is gone."""
         counted = self._counted()
         return sum(gone for _, gone in counted) / max(1, sum(n for n, _ in counted))
 
-    def arrived(self, sparsity: float) -> bool:
+    def arrived(self, sparsity: Amount) -> bool:
         """Whether as many are gone already."""
-        missing = self._missing(as_fraction(sparsity))
+        missing = self._missing(sparsity)
         return (missing if isinstance(missing, int) else max(missing, default=0)) <= 0
 
     def knows(self, model: nn.Module) -> bool:
@@ -224,12 +251,16 @@ class GradualPruner(Pruner):
             counted.append((n + earlier // axis.blocks, gone // axis.blocks) if n else (0, 0))
         return counted
 
-    def _missing(self, share: float) -> int | list[int]:
+    def _missing(self, sparsity: Amount) -> int | list[int]:
         """How many bundles are still to go: over all axes under 'global', or of each."""
         counted = self._counted()
-        if self.context == "global":
-            return round(share * sum(n for n, _ in counted)) - sum(gone for _, gone in counted)
-        return [round(share * n) - gone for n, gone in counted]
+        amount = as_amount(sparsity, self.context)
+        counts = counts_of(
+            amount, self._trained(self._first), [n for n, _ in counted], self.context
+        )
+        if isinstance(counts, int):
+            return counts - sum(gone for _, gone in counted)
+        return [n - gone for n, (_, gone) in zip(counts, counted, strict=True)]
 
 
 def _removed(after: Plan | None, network: nn.Module, axes: Sequence[Axis]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.former import explain_former
-from ..core.masks import Limits, as_context, as_fraction
+from ..core.masks import Limits, as_context
 from ..core.names import LayerChoice, pick
 from ..core.processes import refuse_sharded
 from ..coupling.couple import couple
@@ -20,12 +20,14 @@ from ..coupling.labels import Dim, dims_of
 from ..coupling.probe import Removal
 from ..coupling.units import Axis, Coupling
 from ..measure.profile import counted, layer_costs, macs
+from .amounts import Amount, as_amount, counts_of, share_of
 from .check import Differences, observe
 from .constants import Constants
 from .explain import axes_table, draw_axes
+from .history import CutRecord, History
 from .optimizer import remember
 from .plan import Plan, make_plan
-from .select import Stay, ranked_units, shares, zero_units
+from .select import Stay, ranked_units, zero_units
 from .trial import Decision, Trial
 
 __all__ = ["Pruner"]
@@ -51,6 +53,7 @@ class Pruner:
     Attributes:
         max_abs_diff, max_rel_diff: the largest difference of the outputs it caused, absolute and
             relative to the largest output, on the example and on random inputs.
+        history: all its cuts, a value; see `History`.
     """
 
     @explain_former("the share, context and criteria go to prune_model(0.4)")
@@ -68,6 +71,7 @@ class Pruner:
         refuse_sharded(model)
         self.inputs, counts = counted(model, example_inputs)
         self._plans: list[Plan] = []
+        self.history = History()
         self.max_abs_diff: float | None = None
         self.max_rel_diff: float | None = None
         self._stay: list[Stay] = []
@@ -77,7 +81,7 @@ class Pruner:
     @explain_former()
     def prune_model(
         self,
-        sparsity: float | None = None,
+        sparsity: Amount | None = None,
         *,
         context: str = "local",
         criteria: Criterion | Callable[[Tensor], Tensor] = large_final,
@@ -90,7 +94,9 @@ class Pruner:
 
         Args:
             sparsity: None removes the units that are zero, exactly. A fraction removes that
-                share of the free units, the lowest scores first.
+                share of the free units, the lowest scores first; {layer name: fraction} that of
+                each layer under 'local', the others staying whole; `Units(512)` so many of all
+                layers under 'global'.
             context: 'local' ranks within each axis, 'global' over the whole network.
             criteria: scores of weights, higher = keep.
             round_to: widths become multiples of this; fewer units go, where needed.
@@ -109,8 +115,12 @@ class Pruner:
         """
         limits = Limits(min_keep, round_to)
         decision = self._decide(sparsity, context, criteria, limits, verify)
+        axes = self._axes
         plan = self._carry_out(decision, optimizer)
-        if not plan.removed:
+        if plan.removed:
+            record = self._record(plan, axes, sparsity, context, criteria)
+            self.history = self.history.also(record)
+        else:
             why = self._why_nothing(sparsity is None, decision.wanted)
             warnings.warn(f"nothing was removed: {why}", stacklevel=2)
         return self.model
@@ -118,7 +128,7 @@ class Pruner:
     @explain_former()
     def plan_for(
         self,
-        sparsity: float | None = None,
+        sparsity: Amount | None = None,
         *,
         context: str = "local",
         criteria: Criterion | Callable[[Tensor], Tensor] = large_final,
@@ -129,6 +139,10 @@ class Pruner:
         """What `prune_model` with the same arguments would do; the model stays as it is."""
         limits = Limits(min_keep, round_to)
         return self._decide(sparsity, context, criteria, limits, verify).plan
+
+    def note(self, **metrics: float) -> None:
+        """Write metrics, such as `accuracy=0.9`, beside the last cut in `history`."""
+        self.history = self.history.noting(metrics=metrics)
 
     @property
     def plan(self) -> Plan | None:
@@ -206,22 +220,18 @@ class Pruner:
     ) -> Decision:
         """Choose, try and take back; the model is as before when this returns."""
         as_context(context)
-        if isinstance(sparsity, Mapping):
-            raise TypeError(
-                "prune_model takes one sparsity for all layers; for one each, zero filters with "
-                "Sparsifier(model, 'filter').sparsify_model({...}), then call prune_model()"
-            )
         criterion = as_criterion(criteria)
-        share = None if sparsity is None else as_fraction(sparsity)
+        amount = None if sparsity is None else as_amount(sparsity, context)
         self._refresh()
         where = self.model, self.inputs, self._coupling, self._axes
-        if share is None:
+        if amount is None:
             dense = observe(*where[:3], origins=True)
             constants = Constants(self.model, dense.runs)
             chosen = zero_units(self.model, constants, self._axes, limits)
             trial = Trial(*where, dense=dense, constants=constants, verify=verify)
         else:
-            counts = shares(self._axes, share, context)
+            free = [axis.bundles for axis in self._axes]
+            counts = counts_of(amount, self._axes, free, context)
             chosen = ranked_units(self.model, self._axes, counts, criterion, limits)
             trial = Trial(*where, verify=verify)
         return self._tried(trial, *chosen)
@@ -248,6 +258,21 @@ class Pruner:
         self.max_abs_diff = apart.absolute if apart else None
         self.max_rel_diff = apart.relative if apart else None
         return plan
+
+    def _record(
+        self, plan: Plan, axes: Sequence[Axis], sparsity: Any, context: str, criteria: Any
+    ) -> CutRecord:
+        """What goes into the history, once it is cut."""
+        free = [axis.bundles for axis in axes]
+        gone = [(c.before - c.after) // a.blocks for c, a in zip(plan.axes, axes, strict=True)]
+        name, asked = "zero", None
+        if sparsity is not None:
+            name = as_criterion(criteria).title
+            asked = share_of(as_amount(sparsity, context), axes, free, context)
+        reached = min(1.0, sum(gone) / max(1, sum(free)))
+        size = sum(p.numel() for p in self.model.parameters())
+        counted = macs(self.model, self.inputs).get("")
+        return CutRecord(plan, name, context, asked, reached, size, counted)
 
     def _why_nothing(self, exact: bool, wanted: bool) -> str:
         if not exact and not wanted and any(len(a.free) for a in self._axes):

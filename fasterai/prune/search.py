@@ -1,8 +1,9 @@
 """A search for the units to remove, with the loss of whole masks instead of scores of units.
 
 After Anwar, Hwang and Sung, "Structured Pruning of Deep Convolutional Neural Networks", 2015,
-https://arxiv.org/abs/1512.08571, section 4: a particle filter whose particles are masks, weighed
-by how well the network does with each of them on a small set of examples.
+https://arxiv.org/abs/1512.08571: a particle filter whose particles are masks, weighed
+by how well the network does with each of them on a small set of examples. They weigh by the rate of
+errors; here it is any loss, on the scale of its own spread.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from ..coupling.surgery import shadowed
 from ..score.batches import in_memory
 from ..score.oracle import measured
 from ..score.removing import mean_loss
+from .amounts import counts_of
 from .pruner import Pruner
-from .select import lowest_units, shares
+from .select import lowest_units
 from .trial import Trial
 
 __all__ = ["Searched", "particle_search"]
@@ -134,7 +136,6 @@ def particle_search(
         now = now[_drawn(own, generator)]
         step = torch.randn(now.shape, generator=generator, dtype=now.dtype)
         now = (1 - noise**2) ** 0.5 * now + noise * step
-        now[0] = kept
     if not math.isfinite(best):
         raise ValueError(f"no mask of {particles * rounds} gave a finite loss")
     return swarm.criterion(kept, best, history)
@@ -162,7 +163,8 @@ class _Swarm:
         self._ranked = [a for a, axis in enumerate(self._axes) if axis.bundles]
         if not self._ranked:
             raise ValueError("the model has nothing to prune: see pruner.axes() for the reasons")
-        self._counts = shares(self._axes, share, context)
+        free = [axis.bundles for axis in self._axes]
+        self._counts = counts_of(share, self._axes, free, context)
         self._sizes = [len(self._axes[a].free) for a in self._ranked]
 
     def removal(self, state: Tensor) -> Removal:

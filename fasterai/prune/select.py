@@ -15,7 +15,7 @@ from ..coupling.ranking import ranked_bundles, require_scales, zeroed_units
 from ..coupling.units import Axis
 from .constants import Constants
 
-__all__ = ["Stay", "lowest_units", "ranked_units", "shares", "zero_units"]
+__all__ = ["Stay", "lowest_units", "ranked_units", "zero_units"]
 
 Stay = tuple[str, int, str]  # layer, unit, and why it is not removed
 
@@ -61,13 +61,6 @@ def _whole_bundles(axis: Axis, silent: Sequence[int], limits: Limits) -> tuple[l
     n = limits.rounded(limits.most(bundles, least), bundles, axis.blocks)
     reason = "min_keep or round_to" if n < least else "its counterparts in other blocks stay"
     return [u for units in blocks for u in units[:n]], reason
-
-
-def shares(axes: Sequence[Axis], share: float, context: str) -> int | list[int]:
-    """How many bundles a share is: of all axes under 'global', else of each."""
-    if context == "global":
-        return round(share * sum(axis.bundles for axis in axes))
-    return [round(share * axis.bundles) for axis in axes]
 
 
 def ranked_units(

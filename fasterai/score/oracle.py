@@ -1,8 +1,8 @@
 """The oracle: what the loss does when a unit is really removed, unit by unit.
 
 It is what all criteria estimate: Molchanov et al., "Pruning Convolutional Neural Networks for
-Resource Efficient Inference", 2017, https://arxiv.org/abs/1611.06440, section 2.2, where it is
-called oracle-loss with its sign and oracle-abs without.
+Resource Efficient Inference", 2017, https://arxiv.org/abs/1611.06440, who call it oracle-loss with
+its sign and oracle-abs without.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ def oracle(
     inputs = Inputs.fitting(network, batches[0].inputs.kwargs or batches[0].inputs.args)
     coupling = couple(network, inputs, whole_heads=whole_heads)
     wanted = _chosen(network, coupling.axes, units)
+    if not wanted:
+        raise ValueError("no unit to measure: see Pruner(model, inputs).axes() for what can go")
     loss = mean_loss(network, batches, loss_func)
     if not math.isfinite(loss):
         raise ValueError(f"the loss of the network as it is must be a finite number, got {loss}")

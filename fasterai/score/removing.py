@@ -82,7 +82,10 @@ def mean_loss(
     losses = []
     with run_quietly(model), plainly():
         for batch in batches:
-            loss = loss_func(batch.inputs(model), *batch.targets)
+            out = batch.inputs(model)
+            if isinstance(out, Tensor) and out.dtype in (torch.float16, torch.bfloat16):
+                out = out.float()  # small changes would vanish in the loss
+            loss = loss_func(out, *batch.targets)
             if isinstance(loss, Tensor) and loss.numel() != 1:
                 raise ValueError(
                     f"loss_func must return the mean loss of a batch, one number, got a tensor "

@@ -1,7 +1,7 @@
 """How well criteria rank what the oracle ranks: Spearman's rank correlation, layer by layer.
 
 The comparison is that of Molchanov et al., "Pruning Convolutional Neural Networks for Resource
-Efficient Inference", 2017, https://arxiv.org/abs/1611.06440, section 3.2.
+Efficient Inference", 2017, https://arxiv.org/abs/1611.06440.
 """
 
 from __future__ import annotations

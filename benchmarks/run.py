@@ -1,0 +1,169 @@
+"""Run the benchmarks one after the other and write RESULTS.md from what they print.
+
+    python benchmarks/run.py [--full] [--data FOLDER] [--only exactness ...] [--again]
+
+Quick (the default) takes less than 15 minutes on two cores, full takes hours. FOLDER holds
+cifar10/, cats_vs_dogs/ and weights/; without it what needs real data is left out, by name. What a
+benchmark printed is kept in benchmarks/out and not run again, unless `--again` says so: RESULTS.md
+can be written anew at any time, and a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+OUT = HERE / "out" / "results"
+VERSIONS = "torch", "torchvision", "timm", "transformers", "fastai", "torch-pruning"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A script: its arguments for a quick and for a full run; `data` is the folder it needs."""
+
+    name: str
+    quick: str | None
+    full: str
+    data: str = ""
+
+
+ALL = [
+    Benchmark("exactness", "--networks resnet18 mobilenet_v2", ""),
+    Benchmark("constants", "--networks resnet18 mobilenet_v2", ""),
+    Benchmark("coverage", "--libraries fastai --seconds 60", "--seconds 400"),
+    Benchmark("prune_cost", "--networks resnet50 --depths 20 56", ""),
+    Benchmark("select_cost", "--millions 1 10 --rounds 3", ""),
+    Benchmark("step_cost", "--rounds 3", ""),
+    Benchmark("budgets", "--networks resnet18 mobilenet_v2", ""),
+    Benchmark("sparse_files", "--numbers 10000000 --rounds 3", ""),
+    Benchmark("sparse_execution", None, ""),
+    Benchmark("prune_while_training", "--images 512 --epochs 3 --sparsity 0 0.5", "", "?cifar10"),
+    Benchmark("criteria", "--images 100", "", "."),
+    Benchmark("accuracy", None, "", "."),
+    Benchmark("cats_and_dogs", None, "", "."),
+    Benchmark("deploy", None, "", "cats_vs_dogs"),
+]
+
+
+def command(each: Benchmark, full: bool, data: Path | None) -> list[str] | str:
+    """What to run, or why it is left out."""
+    asked = each.full if full else each.quick
+    if asked is None:
+        return "in the full run only"
+    given = [str(HERE / f"{each.name}.py"), *asked.split()]
+    folder = each.data.removeprefix("?")
+    if folder and data is None and each.data[0] != "?":
+        return "needs --data"
+    if folder and data is not None:
+        if not (data / folder).exists():
+            return f"needs {folder} in --data"
+        given += ["--data", str(data / folder)]
+    return given
+
+
+def run(name: str, given: list[str], kind: str) -> None:
+    """Run a script and keep what it printed, with when, where and on what."""
+    load, begin = os.getloadavg()[0], time.monotonic()
+    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *given], capture_output=True, text=True, env=env, cwd=OUT
+    )
+    shown = [Path(given[0]).name, *given[1:]]
+    record = {
+        "command": ["python", f"benchmarks/{shown[0]}", *shown[1:]],
+        "seconds": round(time.monotonic() - begin),
+        "load": [round(load, 1), round(os.getloadavg()[0], 1)],
+        "failed": done.returncode != 0,
+        "printed": done.stdout,
+        "error": done.stderr[-2000:] if done.returncode else "",
+        **machine(),
+    }
+    (OUT / f"{name}.{kind}.json").write_text(json.dumps(record, indent=1))
+
+
+def machine() -> dict:
+    """The hardware and the versions."""
+    found = {}
+    for package in VERSIONS:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor()}",
+        "threads": os.environ.get("OMP_NUM_THREADS", "1"),
+        "versions": {"python": platform.python_version(), **found},
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "unknown processor"
+
+
+def section(each: Benchmark, kind: str, missing: str) -> str:
+    """The part of RESULTS.md on one benchmark."""
+    about = (HERE / f"{each.name}.py").read_text().split('"""')[1].strip().split("\n\n")[0]
+    file = OUT / f"{each.name}.{kind}.json"
+    head = f"## {each.name}\n\n{about}\n\n"
+    if not file.exists():
+        return head + f"Left out: {missing or 'not run'}.\n"
+    record = json.loads(file.read_text())
+    shown = record["error"] if record["failed"] else record["printed"].strip()
+    if "| --- |" not in shown or record["failed"]:
+        shown = f"```\n{shown}\n```"
+    arguments = [a if "/" not in a or i < 2 else "FOLDER" for i, a in enumerate(record["command"])]
+    load = " to ".join(map(str, record["load"]))
+    return (
+        f"{head}`{' '.join(arguments)}`: {record['seconds']} s{', failed' * record['failed']}; "
+        f"{record['machine']}, {record['threads']} thread, load {load}\n\n{shown}\n"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--only", nargs="+", choices=[each.name for each in ALL])
+    parser.add_argument("--again", action="store_true", help="also what was run before")
+    parser.add_argument("--render", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    kind = "full" if args.full else "quick"
+    data = args.data and args.data.resolve()
+    OUT.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for each in ALL:
+        given = command(each, args.full, data)
+        known = (OUT / f"{each.name}.{kind}.json").exists()
+        wanted = (args.only is None or each.name in args.only) and (args.again or not known)
+        if isinstance(given, list) and wanted and not args.render:
+            print(f"{each.name} ...", flush=True)
+            run(each.name, given, kind)
+        parts.append(section(each, kind, given if isinstance(given, str) else ""))
+    versions = ", ".join(f"{n} {v}" for n, v in machine()["versions"].items())
+    file = HERE / "RESULTS.md" if args.full else OUT / "RESULTS.md"
+    intro = (
+        f"# Results\n\nWritten by `python benchmarks/run.py{' --full' * args.full}`, from what the "
+        f"benchmarks print. Times are ratios within a run.\n\n{versions}\n"
+    )
+    file.write_text("\n".join([intro, *parts]))
+    print(file)
+
+
+if __name__ == "__main__":
+    main()

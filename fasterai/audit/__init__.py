@@ -1,0 +1,1 @@
+"""Who pays for sparsity: which layers can give, and which classes lose."""

@@ -1,0 +1,4 @@
+"""Everything that audits: `from fasterai.audit.all import *`."""
+
+from .classes import *
+from .sensitivity import *

@@ -1,0 +1,61 @@
+"""What is audited: a network and the batches it is audited on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from ..core.names import unwrapped
+from ..score.batches import Batch, as_batch, drawn, first_batches
+
+__all__ = ["batches_of", "loader_of", "network_of"]
+
+
+def network_of(subject: Any, argument: str) -> nn.Module:
+    """The network of a fastai Learner, or the network itself, without what wraps it.
+
+    Raises:
+        TypeError: neither of them.
+    """
+    model = subject if isinstance(subject, nn.Module) else getattr(subject, "model", None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{argument} must be a Learner or a torch.nn.Module, got {type(subject).__name__}"
+        )
+    return unwrapped(model)
+
+
+def loader_of(dl: Iterable[Any] | None, *subjects: Any) -> Iterable[Any]:
+    """The loader that is given, or the validation set of the first Learner.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if dl is not None:
+        return dl
+    for subject in subjects:
+        if not isinstance(subject, nn.Module) and hasattr(subject, "dls"):
+            return subject.dls.valid
+    raise TypeError("without a Learner pass a loader, as in dls.valid")
+
+
+def batches_of(dl: Iterable[Any], network: nn.Module, progress: bool) -> Iterator[Batch]:
+    """All batches of a loader, on the network's device; the random state stays as it is.
+
+    Raises:
+        ValueError: there are none.
+    """
+    batches, total = first_batches(dl, None)
+    if progress:
+        from fastprogress.fastprogress import progress_bar  # takes a second to import
+
+        batches = progress_bar(batches, total=total, leave=False)
+    n_inp, batch = getattr(dl, "n_inp", None), None
+    with drawn(dl, network):
+        for each in batches:
+            batch = as_batch(each, network, n_inp)
+            yield batch
+    if batch is None:
+        raise ValueError("the loader gave no batch")

@@ -1,0 +1,129 @@
+"""How much to remove: a share of the units, a share for each layer, or a number of units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+from ..core.masks import as_fraction
+from ..core.names import plain, unknown_name
+from ..coupling.units import Axis
+
+__all__ = ["Units"]
+
+
+@dataclass(frozen=True)
+class Units:
+    """So many units, of all layers together, instead of a share of them.
+
+    ```python
+    PruneCallback(Units(5 * 512), "global", schedule=iterative.over(n_steps=5))
+    ```
+    A unit is a channel with all that goes with it, in however many layers; where blocks keep
+    equally many it is one of each.
+
+    Args:
+        n: how many go, at most all there are.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n, bool) or not isinstance(self.n, Integral) or self.n < 0:
+            raise ValueError(f"Units counts whole units, as in Units(512), got {self.n!r}")
+
+
+Amount = float | Mapping[str, float] | Units
+
+
+def as_amount(value: object, context: str) -> Amount:
+    """What is to be removed, checked as far as that goes without a network.
+
+    Raises:
+        TypeError: it is no number, mapping or `Units`.
+        ValueError: a share outside [0, 1], or not one for this context.
+    """
+    if isinstance(value, Units):
+        if context != "global":
+            raise ValueError(
+                f"{value} are of all layers together and need context='global', got {context!r}"
+            )
+        return value
+    if not isinstance(value, Mapping):
+        return as_fraction(value)
+    if context != "local":
+        raise ValueError(f"a sparsity for each layer needs context='local', got {context!r}")
+    return {name: as_fraction(share, f"sparsity of {name!r}") for name, share in value.items()}
+
+
+def asks(amount: Amount) -> bool:
+    """Whether anything is to be removed."""
+    if isinstance(amount, Mapping):
+        return any(amount.values())
+    return bool(amount.n if isinstance(amount, Units) else amount)
+
+
+def part_of(amount: Amount, share: float) -> Amount:
+    """The amount at a share of the way to it."""
+    if isinstance(amount, Mapping):
+        return {name: share * value for name, value in amount.items()}
+    return Units(round(share * amount.n)) if isinstance(amount, Units) else share * amount
+
+
+def counts_of(
+    amount: Amount, axes: Sequence[Axis], sizes: Sequence[int], context: str
+) -> int | list[int]:
+    """How many bundles that is: of all axes under 'global', else of each.
+
+    Args:
+        amount: see `as_amount`.
+        axes: those of the network.
+        sizes: for each of them the bundles that shares are shares of.
+        context: 'local' or 'global'.
+
+    Raises:
+        ValueError: layers with no units to remove, or several shares for coupled layers.
+    """
+    if isinstance(amount, Units):
+        return min(int(amount.n), sum(sizes))
+    if isinstance(amount, Mapping):
+        return [round(s * n) for s, n in zip(_by_axis(amount, axes, sizes), sizes, strict=True)]
+    if context == "global":
+        return round(amount * sum(sizes))
+    return [round(amount * n) for n in sizes]
+
+
+def _by_axis(
+    amount: Mapping[str, float], axes: Sequence[Axis], sizes: Sequence[int]
+) -> list[float]:
+    """A share for each axis; what is not named keeps all."""
+    layers = [tuple(map(plain, axis.producers)) for axis in axes]
+    for name in amount:
+        owners = [a for a, names in enumerate(layers) if name in names]
+        if not owners:
+            known = [name for names in layers for name in names]
+            raise ValueError(unknown_name(name, known, "sparsity"))
+        if not any(sizes[a] for a in owners):
+            why = next((pin for a in owners for pin in axes[a].pins if pin), "it has no units")
+            raise ValueError(
+                f"nothing of {name!r} can be removed: {why}; leave it out of the sparsities"
+            )
+    shares = []
+    for names in layers:
+        given = {name: amount[name] for name in names if name in amount}
+        if len(set(given.values())) > 1:
+            raise ValueError(
+                f"these layers are coupled and need one sparsity: {given} (all of them: "
+                f"{', '.join(names)})"
+            )
+        shares.append(next(iter(given.values()), 0.0))
+    return shares
+
+
+def share_of(amount: Amount, axes: Sequence[Axis], sizes: Sequence[int], context: str) -> float:
+    """The amount as a share of all; see `counts_of`."""
+    if isinstance(amount, float):
+        return amount
+    counts = counts_of(amount, axes, sizes, context)
+    return (counts if isinstance(counts, int) else sum(counts)) / max(1, sum(sizes))
