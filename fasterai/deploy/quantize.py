@@ -61,6 +61,7 @@ def quantize_onnx(
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         ready, small = Path(folder, "ready.onnx"), Path(folder, out.name)
         quant_pre_process(file, ready, skip_symbolic_shape=True)
+        _pad_averages(ready)
         quantize_static(
             ready,
             small,
@@ -76,6 +77,32 @@ def quantize_onnx(
     apart = sum(float(np.square(a - b).sum()) for a, b in zip(before, after, strict=True))
     size = sum(float(np.square(a).sum()) for a in before)
     return (apart / size) ** 0.5 if size else apart**0.5
+
+
+def _pad_averages(file: Path) -> None:
+    """Say as padding how far windows of averages reach beyond a map.
+
+    `ceil_mode` says the same, but with that onnxruntime averages wrongly in 8 bits.
+    """
+    import onnx
+    from onnx import helper
+
+    model = onnx.load(file)
+    values = [*model.graph.input, *model.graph.value_info, *model.graph.output]
+    sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim][2:] for v in values}
+    for node in model.graph.node:
+        said = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type != "AveragePool" or not said.get("ceil_mode") or any(said.get("pads", ())):
+            continue
+        read, made = sizes.get(node.input[0], [0]), sizes.get(node.output[0], [0])
+        if not all([*read, *made]) or any(d != 1 for d in said.get("dilations", ())):
+            continue
+        places = zip(read, made, said["kernel_shape"], said["strides"], strict=True)
+        beyond = [max(0, (out - 1) * step + window - n) for n, out, window, step in places]
+        said |= {"ceil_mode": 0, "count_include_pad": 0, "pads": [0] * len(beyond) + beyond}
+        del node.attribute[:]
+        node.attribute.extend(helper.make_attribute(k, v) for k, v in said.items())
+    onnx.save(model, file)
 
 
 class _Reader:
