@@ -7,6 +7,7 @@ from .core.schedule import *
 from .core.target import *
 from .deploy.all import *
 from .distill.all import *
+from .measure.layers import *
 from .measure.pictures import *
 from .measure.profile import *
 from .prune.all import *

@@ -8,8 +8,10 @@ from networks import Depthwise, Plain, Reused, images, make
 from torch import nn
 
 from fasterai.core.schedule import SCHEDULES, agp, lin
+from fasterai.measure.counts import macs
+from fasterai.measure.layers import layer_costs
 from fasterai.measure.pictures import plot_schedules, plot_training, plot_widths
-from fasterai.measure.profile import compare, layer_costs, macs, profile
+from fasterai.measure.profile import compare, profile
 from fasterai.prune.pruner import Pruner
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fasterai.deploy.forms import decode, encode
+from fasterai.core.forms import decode, encode
 from fasterai.deploy.sparse_files import SparseFileError, load_sparse, save_sparse
 
 NAMES = """float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool uint64 uint32 uint16

@@ -41,13 +41,21 @@ def loader_of(dl: Iterable[Any] | None, *subjects: Any) -> Iterable[Any]:
     raise TypeError("without a Learner pass a loader, as in dls.valid")
 
 
-def batches_of(dl: Iterable[Any], network: nn.Module, progress: bool) -> Iterator[Batch]:
-    """All batches of a loader, on the network's device; the random state stays as it is.
+def batches_of(
+    dl: Iterable[Any], network: nn.Module, progress: bool, n_batches: int | None = None
+) -> Iterator[Batch]:
+    """The batches of a loader, on the network's device; the random state stays as it is.
+
+    Args:
+        dl: a loader or a list of batches.
+        network: what takes them.
+        progress: show a bar.
+        n_batches: how many; None for all.
 
     Raises:
         ValueError: there are none.
     """
-    batches, total = first_batches(dl, None)
+    batches, total = first_batches(dl, n_batches)
     if progress:
         from fastprogress.fastprogress import progress_bar  # takes a second to import
 

@@ -30,7 +30,7 @@ from .moving import concatenation, indexing, movement, padding, parting, shuffli
 from .positions import columns_of, over_dims, passes, reduction, sampling, softmax, spatial
 from .tracer import Tracer
 
-__all__ = ["RULES", "follow"]
+__all__ = ["RULES", "follow", "known"]
 
 Rule = Callable[[Tracer, Any, tuple[Any, ...], Mapping[str, Any], Any], None]
 
@@ -39,7 +39,7 @@ def follow(
     t: Tracer, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
 ) -> None:
     """Pass the labels of the arguments of one operation on to its result."""
-    name, is_pointwise = _known(func)
+    name, is_pointwise = known(func)
     read = operands_in((*args, *kwargs.values()))
     operands = [x for x in read if t.of(x)]
     if not operands:
@@ -85,7 +85,7 @@ _FILLS |= {"full_like"}
 
 
 @cache
-def _known(func: Any) -> tuple[str, bool]:
+def known(func: Any) -> tuple[str, bool]:
     """The name of an operation, and whether it is pointwise."""
     name = func._schema.name.removeprefix("aten::")
     if torch.Tag.pointwise in func.tags:

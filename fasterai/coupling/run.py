@@ -17,7 +17,7 @@ from .labels import Dim, Run, dims_of
 from .rules import follow
 from .tracer import Beside, Engine, Tracer
 
-__all__ = ["run_labels", "run_numbers", "run_seen", "run_shapes"]
+__all__ = ["recurrence_shown", "run_labels", "run_numbers", "run_seen", "run_shapes"]
 
 
 def run_labels(
@@ -116,7 +116,7 @@ def _run(
     within: AbstractContextManager[Any] | None = None,
     looking: Callable[[Tracer], AbstractContextManager[Any]] | None = None,
 ) -> tuple[Run, Any]:
-    with run_quietly(model, training), plainly(), _recurrence_shown(model), _uncollected():
+    with run_quietly(model, training), plainly(), recurrence_shown(model), _uncollected():
         shapes = isinstance(engine, Shapes)
         beside = Beside if shapes else WeakTensorKeyDictionary
         noted = {"watch": watch, "origins": origins, "beside": beside}
@@ -147,8 +147,13 @@ def _pass(*_: Any) -> None:
     """No labels are followed."""
 
 
-def _recurrence_shown(model: nn.Module) -> AbstractContextManager[Any]:
+@contextmanager
+def recurrence_shown(model: nn.Module) -> Iterator[None]:
     """LSTMs run as matrix products and gates, where otherwise one fused operation hides them."""
-    if any(isinstance(m, nn.RNNBase) for m in model.modules()):
-        return torch.backends.mkldnn.flags(enabled=False)
-    return nullcontext()
+    hidden = any(isinstance(m, nn.RNNBase) for m in model.modules())
+    fused = torch.backends.mkldnn
+    before = fused.set_flags(False if hidden else None, None, None, None)[0]  # that alone changes
+    try:
+        yield
+    finally:
+        fused.set_flags(before if hidden else None, None, None, None)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..core.forms import decode
 from ..core.names import unwrapped
-from .forms import decode, encode
+from ..core.packing import DTYPES, FORMAT, PARTS, PLAIN, WORDS, Entry, packed, words_of
 
 __all__ = ["SparseFileError", "load_sparse", "save_sparse"]
 
-_FORMAT = "1"
-_Path = str | os.PathLike[str]
-_NAMES = """float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool uint64 uint32 uint16
-    complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"""
-_DTYPES = {name: getattr(torch, name) for name in _NAMES.split() if hasattr(torch, name)}
-_PLAIN = set(_NAMES.split()[:10])  # these every reader of safetensors knows
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _COLUMNS = 1021  # a prime: blocks of a disk that are mixed up fall into other columns
-_PARTS = {"dense": ("",), "mask": ("mask", "values"), "same": ()}
-_PARTS |= dict.fromkeys(("gaps4", "gaps8"), ("gaps", "values"))
-
+_Path = str | os.PathLike[str]
 
 # whatever reading leads to that was not written
 _DAMAGE = (SafetensorError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError)
@@ -42,29 +32,6 @@ _DAMAGE += (TypeError, ValueError)
 
 class SparseFileError(ValueError):
     """A file that is damaged or foreign, or does not fit the model; nothing was changed."""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """What a file says of a tensor.
-
-    Args:
-        form: see `forms`; 'same': it is one with another tensor.
-        dtype: by name.
-        shape: of the tensor.
-        order: its dimensions, from the outermost in memory to the innermost.
-        of: the name of that other tensor.
-    """
-
-    form: str
-    dtype: str
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-    of: str = ""
-
-    def parts(self, name: str) -> dict[str, str]:
-        """The name of each part of the tensor in the file."""
-        return {part: f"{name}#{part}" if part else name for part in _PARTS[self.form]}
 
 
 def save_sparse(model: nn.Module | Mapping[str, Tensor], file: _Path) -> None:
@@ -87,28 +54,7 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], file: _Path) -> None:
         raise TypeError(
             f"save_sparse takes a network or its state dict, got {type(state).__name__}"
         )
-    parts: dict[str, Tensor] = {}
-    entries: dict[str, _Entry] = {}
-    first: dict[Any, str] = {}
-    for name, x in state.items():
-        _must_be_dense(name, x)
-        x = x.detach()
-        order, dtype = _order(x), str(x.dtype).removeprefix("torch.")
-        where = (x.data_ptr(), x.dtype, x.shape, x.stride()) if x.numel() else name
-        if first.setdefault((x.device, where), name) != name:
-            of = first[x.device, where]
-            entries[name] = _Entry("same", dtype, tuple(x.shape), order, of)
-            continue
-        form, found = encode(_words(x))
-        entries[name] = _Entry(form, dtype, tuple(x.shape), order)
-        if form == "dense":
-            found = {"": _dense(x)}
-        for part, key in entries[name].parts(name).items():
-            if key in parts:
-                raise ValueError(f"two tensors of the state dict would be {key!r} in the file")
-            parts[key] = found[part]
-    about = {"format": "pt", "fasterai_sparse": _FORMAT}
-    about["tensors"] = json.dumps({name: asdict(entry) for name, entry in entries.items()})
+    parts, about = packed(state)
     about["digest"] = _digest(parts, about)
     _write(parts, about, file)
 
@@ -140,40 +86,6 @@ def load_sparse(file: _Path, model: nn.Module | None = None) -> Any:
 
 
 # --- writing -------------------------------------------------------------------------------------
-
-
-def _must_be_dense(name: Any, x: Any) -> None:
-    plain = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
-    if not plain or x.is_quantized or is_traceable_wrapper_subclass(x):
-        kind = f"{x.layout} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"save_sparse takes dense tensors that hold numbers, {name!r} is {kind}")
-    if str(x.dtype).removeprefix("torch.") not in _DTYPES:
-        raise TypeError(f"save_sparse does not know the type of {name!r}, {x.dtype}")
-    if not isinstance(name, str) or name == "__metadata__":
-        raise TypeError(f"save_sparse takes tensors by name, got {name!r}")
-
-
-def _order(x: Tensor) -> tuple[int, ...]:
-    """The dimensions from the outermost in memory to the innermost, where they lie without gaps."""
-    order = sorted(range(x.ndim), key=lambda d: -x.stride(d))
-    if x.is_contiguous() or not x.permute(order).is_contiguous():
-        return tuple(range(x.ndim))
-    return tuple(order)
-
-
-def _words(x: Tensor) -> Tensor:
-    """The bits of a tensor, as integers (n,)."""
-    x = x.resolve_conj().resolve_neg().cpu().contiguous().view(-1)
-    if x.is_complex():
-        x = torch.view_as_real(x).view(-1)
-    return x.view(_WORDS[x.itemsize])
-
-
-def _dense(x: Tensor) -> Tensor:
-    """A tensor as it is, in memory of its own; as integers, where not every reader knows it."""
-    if str(x.dtype).removeprefix("torch.") not in _PLAIN:
-        return _words(x).clone()
-    return torch.empty(x.shape, dtype=x.dtype).copy_(x)
 
 
 def _digest(parts: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
@@ -211,7 +123,7 @@ def _read(file: _Path, *, mapped: bool = True) -> dict[str, Tensor]:
     """The state dict in a file; what is dense there is mapped, or copied."""
     with safe_open(os.fspath(file), "pt") as content:
         about = content.metadata() or {}
-        if about.get("fasterai_sparse") != _FORMAT:
+        if about.get("fasterai_sparse") != FORMAT:
             kind = "load_pruned reads it" if "fasterai" in about else "it is not from save_sparse"
             raise ValueError(kind)
         names = content.keys()
@@ -233,11 +145,11 @@ def _read(file: _Path, *, mapped: bool = True) -> dict[str, Tensor]:
     return state
 
 
-def _entry(said: Any) -> _Entry:
+def _entry(said: Any) -> Entry:
     """What a file says of a tensor, if it makes sense."""
-    entry = _Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()})
+    entry = Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()})
     shape, order = entry.shape, entry.order
-    if entry.form not in _PARTS or entry.dtype not in _DTYPES or not isinstance(entry.of, str):
+    if entry.form not in PARTS or entry.dtype not in DTYPES or not isinstance(entry.of, str):
         raise ValueError("it uses a form or a type that this version does not know")
     if not all(type(n) is int and n >= 0 for n in shape) or prod(shape) >= 1 << 60:
         raise ValueError(f"{shape} is not the shape of a tensor")
@@ -246,16 +158,16 @@ def _entry(said: Any) -> _Entry:
     return entry
 
 
-def _same(x: Tensor, entry: _Entry) -> Tensor:
-    if (tuple(x.shape), x.dtype) != (entry.shape, _DTYPES[entry.dtype]):
+def _same(x: Tensor, entry: Entry) -> Tensor:
+    if (tuple(x.shape), x.dtype) != (entry.shape, DTYPES[entry.dtype]):
         raise ValueError(f"it holds {entry.of!r} with two shapes or types")
     return x
 
 
-def _tensor(entry: _Entry, parts: Mapping[str, Tensor]) -> Tensor:
+def _tensor(entry: Entry, parts: Mapping[str, Tensor]) -> Tensor:
     """The tensor of which these are the parts."""
-    dtype = _DTYPES[entry.dtype]
-    if entry.form == "dense" and entry.dtype in _PLAIN:
+    dtype = DTYPES[entry.dtype]
+    if entry.form == "dense" and entry.dtype in PLAIN:
         x = parts[""]
         if (tuple(x.shape), x.dtype) != (entry.shape, dtype):
             raise ValueError("it holds a tensor of another shape or type than it says")
@@ -263,7 +175,7 @@ def _tensor(entry: _Entry, parts: Mapping[str, Tensor]) -> Tensor:
         size = dtype.itemsize // (2 if dtype.is_complex else 1)
         n = prod(entry.shape) * (dtype.itemsize // size)
         x = parts[""] if entry.form == "dense" else decode(entry.form, parts, n)
-        if x.dtype != _WORDS[size] or tuple(x.shape) != (n,):
+        if x.dtype != WORDS[size] or tuple(x.shape) != (n,):
             raise ValueError("it holds a tensor of another size than it says")
         x = _numbers(x, dtype).view(entry.shape)
     if dtype == torch.bool and x.numel() and int(x.view(torch.uint8).max()) > 1:
@@ -297,7 +209,7 @@ def _put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         known = new.get(id(target))
         if known is None:
             new[id(target)] = target, x
-        elif known[1] is not x and not torch.equal(_words(known[1]), _words(x)):
+        elif known[1] is not x and not torch.equal(words_of(known[1]), words_of(x)):
             raise ValueError(f"{name!r} is tied in the model, and in the file it is not")
     taken: set[int] = set()
     placed = [(target, _placed(x, target, taken)) for target, x in new.values()]

@@ -1,8 +1,7 @@
-"""What a network costs: parameters, multiply-accumulates (MACs), bytes and latency."""
+"""What a network costs: parameters, multiply-accumulates (MACs), bytes, memory and latency."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,14 +9,16 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.utils.benchmark import Measurement, Timer
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..coupling.inputs import Inputs, plainly, run_quietly
-from ..coupling.run import run_shapes
+from ..coupling.inputs import Inputs, run_quietly
+from .counts import counts, macs
+from .memory import peak_bytes
+from .sizes import gzip_bytes, saved_bytes, sparse_bytes
 
-__all__ = ["compare", "layer_costs", "macs", "profile", "saved_bytes"]
+__all__ = ["compare", "macs", "profile", "saved_bytes"]
 
 _ROUNDS = 5
+_MANY = 0.01  # a share of zeros worth a note: some initialisations make a few
 
 
 def profile(model: nn.Module, example_inputs: Any, **timing: Any) -> pd.DataFrame:
@@ -32,8 +33,12 @@ def compare(
     batch_sizes: Sequence[int] | None = None,
     threads: int | None = None,
     seconds: float = 0.5,
+    files: bool = False,
 ) -> pd.DataFrame:
     """Costs of several networks; their timings take turns, so that drift hits all alike.
+
+    Zeros that were not removed are told as what they are: `nonzero` and `nonzero_macs` are smaller,
+    `macs`, `bytes` and `latency_ms` are not, and `note` says so.
 
     Args:
         networks: the networks by name.
@@ -41,12 +46,24 @@ def compare(
         batch_sizes: batches to time, made by repeating the example; default its own size.
         threads: CPU threads; default those torch uses.
         seconds: time spent on each network and batch size.
+        files: also `gzip_bytes` and `sparse_bytes`; some seconds for 100 MB.
 
     Returns:
-        A row for each network and batch size: `parameters`, `nonzero` (parameters that are not
-        zero), `macs` (of convs and matrix products, for one sample), `bytes` (of the saved
-        state dict), `batch`, `latency_ms` (median of a forward in eval mode), `iqr_ms` (its
-        interquartile range), `device`, `threads`.
+        A row for each network and batch size, on the device and in the precision it is in:
+
+        - `parameters`, `nonzero`: how many there are, and how many of them are not zero.
+        - `macs`, `nonzero_macs`: of convs and matrix products, for one sample; those of them whose
+          weight is not zero.
+        - `bytes`: of the saved state dict; `gzip_bytes`: of it under gzip; `sparse_bytes`: of the
+          file that `save_sparse` writes.
+        - `batch`, `latency_ms`, `iqr_ms`: the median time of a forward in eval mode and its
+          interquartile range, GPUs synchronised; `samples_per_s`.
+        - `peak_bytes`: the most that activations take at once in that forward; see `peak_bytes`.
+        - `device`, `dtype` of the parameters, `threads`.
+        - `uncounted`: operations that may multiply and that `macs` leaves out, by name.
+        - `note`: what is easily misread.
+
+        What could not be found out is `<NA>`.
     """
     if not isinstance(networks, Mapping) or not networks:
         raise TypeError(
@@ -62,46 +79,61 @@ def compare(
     batches = list(batch_sizes or [inputs.samples])
     threads = threads or torch.get_num_threads()
     rows = []
-    fixed = {name: _size(model, inputs) for name, model in networks.items()}
+    fixed = {name: _size(model, inputs, files) for name, model in networks.items()}
     for batch in batches:
         sized = inputs if batch is None else inputs.batch(batch)
+        peaks = {name: peak_bytes(model, sized) for name, model in networks.items()}
         times = _latency(networks, sized, threads, seconds)
-        for name in networks:
-            spread = {"latency_ms": times[name].median * 1e3, "iqr_ms": times[name].iqr * 1e3}
-            device = str(sized.tensors[0].device)
-            where = {"device": device, "threads": threads}
-            rows.append({"network": name, **fixed[name], "batch": batch, **spread, **where})
+        for name, model in networks.items():
+            first, last = fixed[name]
+            where = {"device": str(sized.tensors[0].device), "dtype": _dtype(model, sized)}
+            timed = _timed(times[name], batch) | {"peak_bytes": _or_na(peaks[name])}
+            row = {"network": name, **first, "batch": batch, **timed, **where}
+            rows.append(row | {"threads": threads} | last)
     return pd.DataFrame(rows).set_index("network")
 
 
-def _size(model: nn.Module, inputs: Inputs) -> dict[str, int]:
-    return {
+def _timed(measured: Measurement, batch: int | None) -> dict[str, Any]:
+    rate = pd.NA if batch is None else batch / measured.median
+    spread = {"latency_ms": measured.median * 1e3, "iqr_ms": measured.iqr * 1e3}
+    return spread | {"samples_per_s": rate}
+
+
+def _size(model: nn.Module, inputs: Inputs, files: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first and the last columns of a network's rows."""
+    found = counts(model, inputs)
+    size = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "nonzero": sum(int(p.count_nonzero()) for p in model.parameters()),
-        "macs": macs(model, inputs).get("", pd.NA),
+        "macs": found.macs.get("", pd.NA),
+        "nonzero_macs": found.nonzero.get("", pd.NA),
         "bytes": saved_bytes(model),
     }
+    if files:
+        size |= {"gzip_bytes": gzip_bytes(model), "sparse_bytes": _or_na(sparse_bytes(model))}
+    return size, {"uncounted": found.uncounted, "note": _note(model)}
 
 
-class _Counter(io.RawIOBase):
-    """A file that only knows how much was written into it."""
-
-    size = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        n = memoryview(data).nbytes
-        self.size += n
-        return n
+def _note(model: nn.Module) -> str:
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    total = sum(p.numel() for p in weights)
+    zeros = total - sum(int(p.count_nonzero()) for p in weights)
+    if zeros < _MANY * total or not total:
+        return ""
+    return (
+        f"{zeros / total:.0%} of the weights are zero, which saves no time and no bytes until they "
+        f"are removed"
+    )
 
 
-def saved_bytes(model: nn.Module) -> int:
-    """How large a file `torch.save` makes of the state dict."""
-    file = _Counter()
-    torch.save(model.state_dict(), file)
-    return file.size
+def _dtype(model: nn.Module, inputs: Inputs) -> str:
+    """The types of the parameters, or of the inputs where there are none."""
+    tensors = [p for p in model.parameters() if p.is_floating_point()] or inputs.tensors
+    return ", ".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in tensors))
+
+
+def _or_na(number: int | None) -> Any:
+    return pd.NA if number is None else number
 
 
 def _latency(
@@ -116,78 +148,3 @@ def _latency(
                 timer = Timer("model(*args, **kwargs)", globals=names, num_threads=threads)
                 taken[name].append(timer.blocked_autorange(min_run_time=seconds / _ROUNDS))
     return {name: Measurement.merge(runs)[0] for name, runs in taken.items()}
-
-
-def macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
-    """MACs for one sample by module name, `''` for the whole network.
-
-    Convs and matrix products are counted, by torch's own counter; a module that runs twice counts
-    twice. Empty where that counter cannot run the network, as when it differentiates inside.
-    """
-    return counted(model, example_inputs)[1]
-
-
-def counted(model: nn.Module, example_inputs: Any) -> tuple[Inputs, dict[str, int]]:
-    """Inputs fitted to the model, and its `macs`, from a single run as a rule."""
-    inputs = Inputs.of(example_inputs)
-    inputs.check(model)
-    found = _count(model, inputs)
-    if not found:
-        inputs = Inputs.fitting(model, example_inputs)
-        found = _count(model, inputs)
-    return inputs, found
-
-
-def _count(model: nn.Module, inputs: Inputs) -> dict[str, int]:
-    for shapes in (True, False):  # shapes are enough, unless a network looks at its numbers
-        counter = FlopCounterMode(display=False)
-        try:
-            if shapes:
-                run_shapes(model, inputs, counter)
-            else:
-                with run_quietly(model), plainly(), counter:
-                    inputs(model)
-            break
-        except Exception:  # of the inputs or of the counter; `fitting` can tell
-            counter = None
-    if counter is None:
-        return {}
-    root = type(model).__name__
-    counts = counter.get_flop_counts()
-    samples = inputs.samples or 1
-    found = {"": counter.get_total_flops() // 2 // samples}
-    for name, _ in model.named_modules():
-        if name:
-            found[name] = sum(counts.get(f"{root}.{name}", {}).values()) // 2 // samples
-    return found
-
-
-def layer_costs(model: nn.Module, counts: Mapping[str, int]) -> pd.DataFrame:
-    """A row for each layer that holds parameters: `layer`, `in`, `out`, `parameters`, `macs`.
-
-    Args:
-        model: the network.
-        counts: its `macs`.
-    """
-    rows = []
-    for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
-        if own:
-            inside, outside = _widths(module)
-            size = sum(p.numel() for p in own)
-            rows.append((name, inside, outside, size, counts.get(name, pd.NA)))
-    total = (sum(p.numel() for p in model.parameters()), counts.get("", pd.NA))
-    rows.append(("total", pd.NA, pd.NA, *total))
-    table = pd.DataFrame(rows, columns=["layer", "in", "out", "parameters", "macs"])
-    return table.astype({"in": "Int64", "out": "Int64", "macs": "Int64"})
-
-
-def _widths(module: nn.Module) -> tuple[Any, Any]:
-    for inside, outside in (
-        ("in_channels", "out_channels"),
-        ("in_features", "out_features"),
-        ("num_features", "num_features"),
-    ):
-        if hasattr(module, inside) and hasattr(module, outside):
-            return getattr(module, inside), getattr(module, outside)
-    return pd.NA, pd.NA

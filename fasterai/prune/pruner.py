@@ -21,7 +21,8 @@ from ..coupling.couple import couple
 from ..coupling.labels import Dim, dims_of
 from ..coupling.probe import Removal
 from ..coupling.units import Axis, Coupling
-from ..measure.profile import counted, layer_costs, macs
+from ..measure.counts import counted, macs
+from ..measure.layers import layer_costs
 from .amounts import Amount, as_amount, counts_of, share_of
 from .budget import Budget, Reached
 from .check import Differences, observe

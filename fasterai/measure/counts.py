@@ -1,0 +1,198 @@
+"""Multiply-accumulates (MACs): how many there are, how many of them meet a zero, what has none."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..coupling.inputs import Inputs, operands_in, plainly, run_quietly
+from ..coupling.rules import RULES, known
+from ..coupling.run import recurrence_shown, run_shapes
+
+__all__ = ["Counts", "counted", "counts", "macs"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """MACs for one sample by module name, `''` for the whole network.
+
+    Args:
+        macs: of convs and matrix products; empty where they could not be counted.
+        nonzero: those of them whose weight is not zero; empty where that is not known.
+        uncounted: operations that may multiply and add, and have no formula; by name.
+    """
+
+    macs: Mapping[str, int]
+    nonzero: Mapping[str, int]
+    uncounted: tuple[str, ...]
+
+
+def macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """MACs for one sample by module name, `''` for the whole network.
+
+    Convs and matrix products are counted, by torch's own counter; a module that runs twice counts
+    twice. Empty where that counter cannot run the network, as when it differentiates inside.
+    """
+    return counted(model, example_inputs)[1]
+
+
+def counted(model: nn.Module, example_inputs: Any) -> tuple[Inputs, dict[str, int]]:
+    """Inputs fitted to the model, and its `macs`, from a single run as a rule."""
+    inputs = Inputs.of(example_inputs)
+    inputs.check(model)
+    found = _count(model, inputs)[0]
+    if not found:
+        inputs = Inputs.fitting(model, example_inputs)
+        found = _count(model, inputs)[0]
+    return inputs, found
+
+
+def counts(model: nn.Module, example_inputs: Any) -> Counts:
+    """All that is known of a network's MACs, from a run on shapes and one on numbers.
+
+    A weight is what is computed from parameters and buffers alone, so that masks that are
+    multiplied on, as in `torch.nn.utils.prune`, count as the zeros that they make. Products of
+    activations count as a whole.
+    """
+    inputs = Inputs.fitting(model, example_inputs)
+    found, seen = _count(model, inputs)
+    if not found:
+        return Counts({}, {}, ())
+    try:
+        again, looked = _run(model, inputs, shapes=False)
+    except Exception:  # without numbers, as on the meta device
+        again, looked = {}, None
+    nonzero = _by_module(model, inputs, looked.nonzero) if looked and again == found else {}
+    return Counts(found, nonzero, tuple(sorted(seen.uncounted)))
+
+
+def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[str, int], _Operations | None]:
+    for shapes in (True, False):  # shapes are enough, unless a network looks at its numbers
+        try:
+            return _run(model, inputs, shapes)
+        except Exception:  # of the inputs or of the counter; `fitting` can tell
+            continue
+    return {}, None
+
+
+def _run(model: nn.Module, inputs: Inputs, shapes: bool) -> tuple[dict[str, int], _Operations]:
+    counter = FlopCounterMode(display=False)
+    if shapes:
+        seen = _Operations(counter)
+        run_shapes(model, inputs, _both(seen, counter))
+    else:
+        with run_quietly(model), plainly(), recurrence_shown(model):
+            seen = _Operations(counter, model)
+            with _both(seen, counter):
+                inputs(model)
+    totals = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    return _by_module(model, inputs, totals), seen
+
+
+@contextmanager
+def _both(outer: TorchDispatchMode, inner: FlopCounterMode) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+def _by_module(model: nn.Module, inputs: Inputs, totals: Mapping[str, int]) -> dict[str, int]:
+    """By the names of modules, for one sample."""
+    root, samples = type(model).__name__, inputs.samples or 1
+    names = {name: f"{root}.{name}" if name else "Global" for name, _ in model.named_modules()}
+    return {name: totals.get(tracked, 0) // samples for name, tracked in names.items()}
+
+
+class _Operations(TorchDispatchMode):
+    """Looks at each operation that torch's counter has taken apart.
+
+    Args:
+        counter: knows the formulas, and in which modules an operation runs.
+        model: what has the weights; None where they are no numbers.
+    """
+
+    def __init__(self, counter: FlopCounterMode, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.counter = counter
+        self.uncounted: set[str] = set()
+        self.nonzero: dict[str, int] = defaultdict(int)
+        own = [] if model is None else [*model.parameters(), *model.buffers()]
+        self._weights = WeakTensorKeyDictionary(dict.fromkeys(own, True))
+        self._stay = {p.untyped_storage().data_ptr() for p in own if isinstance(p, nn.Parameter)}
+        self._known: dict[Any, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read, made = operands_in((*args, *(kwargs or {}).values())), operands_in((out,))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            total = formula(*args, **(kwargs or {}), out_val=out) // 2
+            some = self._some(func, args, total) if self._weights else total
+            for parent in set(self.counter.mod_tracker.parents):
+                self.nonzero[parent] += some
+        elif read and any(_continuous(x) for x in made) and not _free(func):
+            self.uncounted.add(func._schema.name.removeprefix("aten::"))
+        if self._weights and read:
+            fixed = all(x in self._weights for x in read)
+            for x in made:
+                if fixed:
+                    self._weights[x] = True
+                else:
+                    self._weights.pop(x, None)
+        return out
+
+    def _some(self, func: Any, args: Any, total: int) -> int:
+        """How many of the products of an operation have a weight that is not zero."""
+        name = func._schema.name.removeprefix("aten::")
+        if "convolution" in name:
+            weight = args[1]
+            if weight not in self._weights:
+                return total
+            return total * int(self._filled(weight, None)) // max(1, weight.numel())
+        if name not in ("mm", "addmm", "bmm", "baddbmm"):
+            return total
+        a, b = args[1:3] if "add" in name else args[:2]
+        fixed = a in self._weights, b in self._weights
+        if not any(fixed):
+            return total
+        rows = self._filled(a, -2) if fixed[0] else a.shape[-2]  # (..., k): in each column of a
+        columns = self._filled(b, -1) if fixed[1] else b.shape[-1]
+        return int((rows * columns).sum())
+
+    def _filled(self, weight: Tensor, dim: int | None) -> Tensor:
+        """How many elements along a dimension, or of all, are not zero."""
+        storage = weight.untyped_storage().data_ptr()
+        if storage not in self._stay:
+            return weight.count_nonzero(dim)
+        key = storage, weight.storage_offset(), weight.shape, weight.stride(), dim
+        if key not in self._known:  # recurrent layers read theirs at each step
+            self._known[key] = weight.count_nonzero(dim)
+        return self._known[key]
+
+
+def _continuous(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+_PRODUCTS = """convolution mm addmm bmm baddbmm mv addmv dot _fft_r2c _fft_c2r _fft_c2c
+    torchvision::deform_conv2d"""
+_MOVING = """index_put scatter scatter_add scatter_reduce masked_scatter masked_select triu tril
+    resize set _unsafe_index cummax cummin median mode kthvalue unique_dim _unique2 renorm rot90
+    random exponential multinomial max_unpool2d"""
+_FREE = set(RULES) - set(_PRODUCTS.split()) | set(_MOVING.split())
+
+
+def _free(func: Any) -> bool:
+    """Whether an operation has no products to add up: it moves, picks, pools or normalises."""
+    name, is_pointwise = known(func)
+    views = any(
+        r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
+    )
+    return is_pointwise or views or name in _FREE or name.removesuffix("_") in _FREE
