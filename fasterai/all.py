@@ -11,6 +11,7 @@ from .measure.pictures import *
 from .measure.profile import *
 from .prune.all import *
 from .regularize.all import *
+from .report.all import *
 from .score.all import *
 from .sparse.all import *
 from .tickets.all import *
