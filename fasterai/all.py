@@ -9,6 +9,7 @@ from .deploy.all import *
 from .distill.all import *
 from .measure.pictures import *
 from .measure.profile import *
+from .measure.weight_pictures import *
 from .prune.all import *
 from .regularize.all import *
 from .report.all import *
