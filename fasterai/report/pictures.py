@@ -10,7 +10,7 @@ import pandas as pd
 if TYPE_CHECKING:
     from .sweep import Sweep
 
-__all__ = ["plot_frontier"]
+__all__ = ["plot_cuts", "plot_frontier"]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 _SHAPES = "os^Dv*"
@@ -68,6 +68,40 @@ def plot_frontier(
     ax.xaxis.set_major_formatter(EngFormatter())
     ax.margins(x=0.1, y=0.15)
     ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def plot_cuts(table: pd.DataFrame, metric: str | None = None, ax: Any = None) -> Any:
+    """A metric after each cut, over the parameters that are left.
+
+    Args:
+        table: `History.table()`.
+        metric: one of its columns; default the last metric.
+        ax: where to draw.
+
+    Raises:
+        ValueError: no metrics stand in it.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
+
+    metrics = list(table.columns[list(table.columns).index("macs") + 1 :])
+    metric = metric or next(reversed(metrics), None)
+    if metric not in metrics:
+        raise ValueError(f"the history has no metric {metric!r}; it has: {metrics or 'none'}")
+    if ax is None:
+        ax = plt.subplots(figsize=(6, 3.2), layout="constrained")[1]
+    left = table["parameters"].astype(float)
+    bars = ax.twinx()
+    bars.bar(table.index, left, color="#DDDDDD", width=0.6)
+    bars.yaxis.set_major_formatter(EngFormatter())
+    bars.set_ylabel("parameters left (bars)")
+    ax.set_zorder(bars.get_zorder() + 1)  # the line in front of the bars
+    ax.patch.set_visible(False)
+    known = table[metric].dropna()  # a cut in the middle of an epoch is not validated
+    ax.plot(known.index, known, "o-", color=_COLOURS[0])
+    ax.set(xlabel="cut", ylabel=metric, title=f"{metric} after each cut, and the parameters left")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
 
 
