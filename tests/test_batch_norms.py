@@ -190,6 +190,15 @@ def test_networks_without_batch_norms_are_refused():
         recalibrate_bn(make(Residual), batches(), n_batches=0)
 
 
+def test_statistics_that_are_not_finite_are_refused():
+    model, data = make(Residual), batches()
+    data[2][0, 0, 0, 0] = float("nan")
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="'bn0' is not finite"):
+        recalibrate_bn(model, data)
+    assert_same(dict(model.state_dict()), dict(state))
+
+
 def test_a_learner_brings_its_training_set():
     class Learner:
         model = make(Residual)

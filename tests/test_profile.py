@@ -362,6 +362,20 @@ def test_hooks_are_removed_whatever_happens(error, monkeypatch):
     assert all(m.training for m in model.modules())
 
 
+def test_layers_of_a_compiled_network_are_those_inside():
+    model = make(Plain)
+    table = profile_layers(torch.compile(model, backend="eager"), images(2), seconds=0.01)
+    assert table["layer"].tolist() == ["a", "b", "fc1", "fc2", "rest", "total"]
+    assert table["ms"].iloc[:-1].sum() == pytest.approx(table["ms"].iloc[-1])
+
+
+def test_networks_without_numbers_are_refused():
+    model, x = make(Plain).to("meta"), images(2).to("meta")
+    for call in (profile, profile_layers):
+        with pytest.raises(ValueError, match="meta device"):
+            call(model, x)
+
+
 def test_layers_of_what_is_no_network():
     with pytest.raises(TypeError, match="torch module, got str"):
         compare_layers(make(Plain), "pruned", images())

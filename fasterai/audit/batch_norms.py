@@ -40,7 +40,8 @@ def recalibrate_bn(
         The network.
 
     Raises:
-        ValueError: it has no batch norms with running statistics, or the loader gave no batch.
+        ValueError: it has no batch norms with running statistics, the loader gave no batch, or
+            what arrives at a norm is not finite.
     """
     network, norms = _norms_of(model)
     found = _statistics(network, norms, _loader(dl, model), n_batches)
@@ -172,6 +173,12 @@ def _statistics(
     with closing(batches_of(dl, network, False, n_batches)) as batches:
         for batch in batches:
             _add(network, norms, batch, found)
+    for name, said in found.items():
+        if said.times and not bool((said.mean + said.var).isfinite().all()):
+            raise ValueError(
+                f"what arrives at {name!r} is not finite: look for nan and inf in the batches, and "
+                f"in half precision for overflow"
+            )
     return found
 
 

@@ -17,7 +17,7 @@ from ..coupling.inputs import Inputs, operands_in, plainly, run_quietly
 from ..coupling.rules import RULES, known
 from ..coupling.run import recurrence_shown, run_shapes
 
-__all__ = ["Counts", "counted", "counts", "macs"]
+__all__ = ["Counts", "counted", "counts", "macs", "numbers_needed"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,19 @@ def counts(model: nn.Module, example_inputs: Any) -> Counts:
         again, looked = {}, None
     nonzero = _by_module(model, inputs, looked.nonzero) if looked and again == found else {}
     return Counts(found, nonzero, tuple(sorted(seen.uncounted)))
+
+
+def numbers_needed(model: nn.Module) -> None:
+    """Refuse a network without numbers.
+
+    Raises:
+        ValueError: it is on the meta device.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "a network on the meta device has no numbers and takes no time: pass "
+            "model.to_empty(device='cpu') and inputs there; macs(model, x) needs none"
+        )
 
 
 def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[str, int], _Operations | None]:

@@ -11,8 +11,9 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..core.names import unwrapped
 from ..coupling.inputs import Inputs, run_quietly
-from .counts import Counts, counts
+from .counts import Counts, counts, numbers_needed
 
 __all__ = ["compare_layers", "layer_costs", "profile_layers"]
 
@@ -28,6 +29,7 @@ def profile_layers(
     Returns:
         `layer`, `type`, `parameters`, `nonzero`, `macs`, `nonzero_macs` (for one sample), `ms`.
     """
+    model = _network(model)
     inputs = _inputs([model], example_inputs)
     times = _times([model], inputs, threads, seconds)[0]
     return _table(model, counts(model, inputs), times).reset_index()
@@ -48,7 +50,8 @@ def compare_layers(
     modules that have parameters or no children, in the order of the first network. One whose
     forward is not called, since its parent reads the weights (as in attention), has no time.
     'rest' is what happens between them: sums, functions, the hooks that look at the clock. 'total'
-    is the whole forward with these hooks; `compare` tells what it takes without.
+    adds all up; `compare` tells what a forward takes without hooks. Of a compiled network it is the
+    one inside that is timed, for compiling makes one of many layers.
 
     Args:
         before: a network.
@@ -61,7 +64,7 @@ def compare_layers(
         `layer`, `type`, and `_before` and `_after` each: `params`, `nonzero`, `macs`,
         `nonzero_macs` (for one sample), `ms`. `<NA>` where a network has no such layer.
     """
-    models = [before, after]
+    models = [_network(before), _network(after)]
     inputs = _inputs(models, example_inputs)
     times = _times(models, inputs, threads, seconds)
     tables = [
@@ -112,11 +115,16 @@ def _widths(module: nn.Module) -> tuple[Any, Any]:
 # --- inside --------------------------------------------------------------------------------------
 
 
+def _network(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"layers are those of a torch module, got {type(model).__name__}")
+    return unwrapped(model)
+
+
 def _inputs(models: Sequence[nn.Module], example_inputs: Any) -> Inputs:
     for model in models:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"layers are those of a torch module, got {type(model).__name__}")
         Inputs.fitting(model, example_inputs)
+        numbers_needed(model)
     return Inputs.of(example_inputs, samples=None)
 
 
@@ -177,7 +185,8 @@ def _times(
             for model, taken in zip(models, runs, strict=True):
                 some = list(_timed(model, inputs, seconds / _ROUNDS if turn else 0.0))
                 taken += some if turn else []  # the first turn warms up
-    return [dict(pd.DataFrame(taken).median()) for taken in runs]
+    medians = [dict(pd.DataFrame(taken).median()) for taken in runs]
+    return [found | {_TOTAL: sum(found.values())} for found in medians]
 
 
 def _timed(model: nn.Module, inputs: Inputs, seconds: float) -> Iterator[dict[str, float]]:
@@ -232,7 +241,7 @@ class _Clock:
         started = self.now()
         forward()
         total = (self.now() - started) * 1e3
-        return self.taken | {_REST: total - sum(self.taken.values()), _TOTAL: total}
+        return self.taken | {_REST: total - sum(self.taken.values())}
 
 
 def _now(device: torch.device) -> Callable[[], float]:

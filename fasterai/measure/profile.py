@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.benchmark import Measurement, Timer
 
 from ..coupling.inputs import Inputs, run_quietly
-from .counts import counts, macs
+from .counts import counts, macs, numbers_needed
 from .memory import peak_bytes
 from .sizes import gzip_bytes, saved_bytes, sparse_bytes
 
@@ -76,6 +76,7 @@ def compare(
     inputs = Inputs.of(example_inputs, samples=None)
     for model in networks.values():
         Inputs.fitting(model, example_inputs)
+        numbers_needed(model)
     batches = list(batch_sizes or [inputs.samples])
     threads = threads or torch.get_num_threads()
     rows = []
