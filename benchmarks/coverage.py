@@ -113,9 +113,9 @@ def double(x):
 
 
 def exact(library, name):
-    import copy
-
+    from fasterai.deploy.comparison import copied
     from fasterai.prune.pruner import Pruner
+    from fasterai.sparse.choose import NothingToSparsify
     from fasterai.sparse.sparsifier import Sparsifier
 
     model, inputs = zoo.build(library, name)
@@ -124,10 +124,13 @@ def exact(library, name):
     x, other = (torch.utils._pytree.tree_map(double, inputs(2)) for _ in range(2))
     before = parameters(model)
     begin = time.perf_counter()
-    sparsifier = Sparsifier(model, "filter", example_inputs=x)
+    try:
+        sparsifier = Sparsifier(model, "filter", example_inputs=x)
+    except NothingToSparsify as error:  # it says why
+        return {"ok": True, "groups": 0, "why": [str(error)[:200]]}
     sparsifier.sparsify_model(0.5)
     groups = sum(g.free for g in sparsifier._groups)
-    sparse = copy.deepcopy(model)
+    sparse = copied(model)
     pruner = Pruner(model, x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
