@@ -201,6 +201,31 @@ def table(lines: list[dict]) -> pd.DataFrame:
     return found.pivot_table("accuracy", rows, "share").sort_index(axis=1, ascending=False)
 
 
+def picture(lines: list[dict], file: Path) -> None:
+    """A row an arm, the best at the top; a mark for each share of the MACs."""
+    import matplotlib.pyplot as plt
+
+    found = table(lines)
+    found = found.sort_values(found.columns[0])
+    names = [named(dict(zip(found.index.names, row, strict=True))) for row in found.index]
+    _, ax = plt.subplots(figsize=(7, 1.2 + 0.22 * len(names)), layout="constrained")
+    for share, marker, colour in zip(
+        found.columns, "os^", ("#0072B2", "#D55E00", "#555555"), strict=False
+    ):
+        ax.plot(found[share], range(len(names)), marker, color=colour, label=f"{share:.0%} of MACs")
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.grid(axis="x", color="#DDDDDD")
+    ax.set(xlabel="accuracy, %", title="CIFAR-10, ResNet-20: accuracy after the same training")
+    ax.legend(fontsize=8)
+    ax.figure.savefig(file, dpi=110)
+
+
+def named(arm: dict) -> str:
+    extra = "" if arm["distilled"] else ", labels only"
+    inner = ", inner channels" if arm["inner"] else ""
+    return f"{arm['criterion']}, {arm['context']}, {arm['way']}{inner}{extra}"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -237,6 +262,7 @@ def main():
                     with args.out.open("a") as file:
                         file.write(json.dumps(line) + "\n")
     print(table(lines).round(2).to_string())
+    picture(lines, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from ..coupling.inputs import tensors_in
 from ..coupling.units import Axis
 from .batches import Batch
 
-__all__ = ["Journal", "about"]
+__all__ = ["Journal", "about", "digest"]
 
 _FORMAT = 1
 _WHAT = {
@@ -87,13 +87,14 @@ def about(model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch]) -> d
     data = [("", x) for b in batches for x in (*b.inputs.tensors, *tensors_in(b.targets))]
     said = json.dumps(units).encode()
     return {
-        "network": _digest(named),
+        "network": digest(named),
         "units": hashlib.sha256(said).hexdigest(),
-        "data": _digest(data),
+        "data": digest(data),
     }
 
 
-def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
+def digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """A fingerprint of tensors and their names."""
     found = hashlib.sha256()
     for name, x in named:
         found.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())

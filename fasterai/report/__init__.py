@@ -1,0 +1,1 @@
+"""Several prunings side by side, and a page that tells of one."""
