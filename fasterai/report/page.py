@@ -190,7 +190,10 @@ def _further(sensitivity: Any, audit: Any, sweep: Any) -> Sequence[str]:
     parts = []
     if sweep is not None:
         alt = "A metric of the networks of several targets against their costs."
-        parts.append(section("Several targets", picture(sweep.plot, alt), table(sweep.table, True)))
+        notes = sweep.table["note"]
+        said = [paragraph(f"{name}: {note}") for name, note in notes[notes != ""].items()]
+        shown = [picture(sweep.plot, alt), table(sweep.table.drop(columns="note"), True), *said]
+        parts.append(section("Several targets", *shown))
     if sensitivity is not None:
         alt = f"A map of the {sensitivity.metric}: layers by the share cut of each alone."
         stay = table(sensitivity.unprunable)
