@@ -119,7 +119,8 @@ def _asked(pruned: Any, layers: pd.DataFrame | None) -> list[str]:
         found |= {name: total[name] for name in ("groups", "asked", "n", "zeros", "reached")}
     met = getattr(pruned, "budget", None)
     if met is not None:
-        found |= {"target": str(met.target), "dense": met.dense, "allowed": met.goal}
+        found |= {"target": str(met.target), "dense": met.dense}
+        found["allowed"] = met.target.goal(met.dense)
         found |= {"predicted": met.predicted, "reached": met.measured}
     for name, column in (("parameters", "params"), ("MACs of one sample", "macs")):
         if f"{column}_after" in layers:
@@ -191,7 +192,10 @@ def _further(sensitivity: Any, audit: Any, sweep: Any) -> Sequence[str]:
     if sweep is not None:
         alt = "A metric of the networks of several targets against their costs."
         notes = sweep.table["note"]
-        said = [paragraph(f"{name}: {note}") for name, note in notes[notes != ""].items()]
+        said = [
+            paragraph(note if note.startswith(name) else f"{name}: {note}")
+            for name, note in notes[notes != ""].items()
+        ]
         shown = [picture(sweep.plot, alt), table(sweep.table.drop(columns="note"), True), *said]
         parts.append(section("Several targets", *shown))
     if sensitivity is not None:
