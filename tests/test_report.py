@@ -17,7 +17,7 @@ from torch import nn
 from fasterai.audit.classes import class_audit
 from fasterai.audit.sensitivity import sensitivity
 from fasterai.core.target import Target
-from fasterai.measure.profile import compare
+from fasterai.measure.profile import compare, macs
 from fasterai.prune.callback import PruneCallback
 from fasterai.prune.pruner import Pruner
 from fasterai.report.html import table
@@ -108,6 +108,8 @@ def test_what_was_found_stands_on_the_page(everything):
     assert {f"{n:,}" for n in sizes} <= cells
     asked = dict(row for row in shown.rows if len(row) == 2 and row[0] != "layer")
     assert asked["target"] == "Target(macs=0.5)" and asked["by"] == "PruneCallback"
+    allowed = float(asked["allowed"].replace(",", ""))
+    assert allowed == round(0.5 * macs(networks["dense"], X)[""])
     assert asked["reached"] == f"{cb.budget.measured:,.0f}"
     assert asked["parameters"].startswith(f"{sizes[0]:,} \u2192 {sizes[1]:,} (")
     assert asked["torch"] == torch.__version__

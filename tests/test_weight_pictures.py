@@ -49,6 +49,13 @@ def test_weights_with_the_threshold():
         [-smallest, smallest]
     )
     assert sum(bar.get_height() for bar in ax.containers[0]) == (w != 0).sum()
+    left = [m.weight.detach().flatten() for m in (model.stem, model.c1, model.c2, model.c3)]
+    left = torch.cat(left)  # the output layer has no zeros, and none to separate
+    ax = plot_weights(model)
+    assert max(ax.lines[:2], key=lambda line: line.get_xdata()[0]).get_xdata()[0] == pytest.approx(
+        left[left != 0].abs().min().item()
+    )
+    assert ax.get_title().startswith("Weights of 4 layers: 50")
     dense = make(Residual)
     everything = torch.cat([p.detach().flatten() for p in dense.parameters() if p.ndim > 1])
     at = plot_weights(dense, sparsity=0.3).lines[1].get_xdata()[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastai.callback.core import Callback
@@ -22,6 +22,7 @@ from ..score.gradients import OF_GRADIENTS
 from .gathering import Gathering
 from .saved import unlike_tensors
 from .stand_in import StandIn
+from .writers import write_scalars
 
 __all__ = ["FitCallback", "ScheduledCallback"]
 
@@ -217,6 +218,10 @@ class ScheduledCallback(FitCallback):
         """A value for each of the `columns`, after an epoch."""
         return [self.reached()]
 
+    def by_layer(self) -> Mapping[str, float]:
+        """Numbers of single layers, after an epoch, for TensorBoard."""
+        return {}
+
     def arrived(self) -> bool:
         """Whether the network already is where the way leads."""
         return False
@@ -283,7 +288,9 @@ class ScheduledCallback(FitCallback):
             self.learn.recorder.log.extend(self.values())
 
     def after_epoch(self) -> None:
-        """Keep trackers from judging an epoch on the way."""
+        """Tell TensorBoard, and keep trackers from judging an epoch on the way."""
+        if self._training:
+            write_scalars(self.learn, self.by_layer)
         if self._training and self._ahead:
             for tracker in self._trackers():
                 self._instead_of(tracker, "after_epoch", _nothing)

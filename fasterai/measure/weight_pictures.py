@@ -59,7 +59,8 @@ def plot_weights(
 
     Args:
         model: a network.
-        layer: one of its layers; default all, without biases, norms and other vectors.
+        layer: one of its layers; default all that have zeros, or all where none has; without
+            biases, norms and other vectors.
         sparsity: draw the magnitude below which this share of the weights lies; default the
             smallest magnitude there is beside zeros.
         bins: how many bars.
@@ -71,6 +72,7 @@ def plot_weights(
     import matplotlib.pyplot as plt
 
     weights = _weights(model) if layer is None else {layer: _weight(model, layer)}
+    weights = {k: w for k, w in weights.items() if _zero_share(w)} or weights
     values = torch.cat([w.detach().float().flatten().cpu() for w in weights.values()]).numpy()
     left = values[values != 0]
     ax = ax or plt.subplots(figsize=(5.5, 3.2), layout="constrained")[1]
@@ -83,7 +85,7 @@ def plot_weights(
         ax.plot([], [], "--", color=_ORANGE, label=f"threshold {at:.3g}")
     zeros = len(values) - len(left)
     ax.set(xlabel="weight", ylabel="how many")
-    where = "all layers" if layer is None else layer
+    where = layer or (f"{len(weights)} layers" if len(weights) > 1 else next(iter(weights)))
     ax.set_title(f"Weights of {where}: {zeros / max(1, len(values)):.1%} are zero")
     ax.legend(frameon=False, fontsize=8)
     return ax

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion, large_final
 from ..core.former import explain_former
 from ..core.masks import Limits, as_context
-from ..core.names import LayerChoice, as_choices
+from ..core.names import LayerChoice, as_choices, plain
 from ..core.processes import must_renew, renew
 from ..core.schedule import Chain, Schedule, agp, goes_down
 from ..core.target import Target
 from ..fit.callback import ScheduledCallback
-from ..measure.profile import macs
+from ..measure.profile import layer_costs, macs
 from .amounts import Amount, as_amount, asks, part_of
 from .budget import Reached
 from .gradual import GradualPruner
@@ -227,6 +227,13 @@ class PruneCallback(ScheduledCallback):
         counts = macs(network, self._pruner.inputs)
         size = sum(p.numel() for p in network.parameters())
         return [self.reached(), size, counts.get("", math.nan)]
+
+    def by_layer(self) -> dict[str, float]:
+        """Output channels of each layer."""
+        table = layer_costs(self._pruner.model, macs(self._pruner.model, self._pruner.inputs))
+        wide = table[(table["macs"] > 0) & table["out"].notna()]  # norms repeat their widths
+        named = zip(wide["layer"], wide["out"], strict=True)
+        return {f"width/{plain(name)}": int(n) for name, n in named}
 
     def arrived(self) -> bool:
         """Whether all that is asked was gone when the fit began."""

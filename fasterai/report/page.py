@@ -119,7 +119,8 @@ def _asked(pruned: Any, layers: pd.DataFrame | None) -> list[str]:
         found |= {name: total[name] for name in ("groups", "asked", "n", "zeros", "reached")}
     met = getattr(pruned, "budget", None)
     if met is not None:
-        found |= {"target": str(met.target), "dense": met.dense, "allowed": met.goal}
+        found |= {"target": str(met.target), "dense": met.dense}
+        found["allowed"] = met.target.goal(met.dense)
         found |= {"predicted": met.predicted, "reached": met.measured}
     for name, column in (("parameters", "params"), ("MACs of one sample", "macs")):
         if f"{column}_after" in layers:
@@ -190,7 +191,13 @@ def _further(sensitivity: Any, audit: Any, sweep: Any) -> Sequence[str]:
     parts = []
     if sweep is not None:
         alt = "A metric of the networks of several targets against their costs."
-        parts.append(section("Several targets", picture(sweep.plot, alt), table(sweep.table, True)))
+        notes = sweep.table["note"]
+        said = [
+            paragraph(note if note.startswith(name) else f"{name}: {note}")
+            for name, note in notes[notes != ""].items()
+        ]
+        shown = [picture(sweep.plot, alt), table(sweep.table.drop(columns="note"), True), *said]
+        parts.append(section("Several targets", *shown))
     if sensitivity is not None:
         alt = f"A map of the {sensitivity.metric}: layers by the share cut of each alone."
         stay = table(sensitivity.unprunable)

@@ -158,6 +158,12 @@ class SparsifyCallback(ScheduledCallback):
         """The share of the groups that is held at zero."""
         return 0.0 if self._sparsifier is None else self._sparsifier.reached()
 
+    def by_layer(self) -> dict[str, float]:
+        """The share of each weight that is held at zero."""
+        masks = {} if self._sparsifier is None else self._sparsifier.masks
+        shares = {k: 1 - int(m.count_nonzero()) / m.numel() for k, m in masks.items() if m.ndim > 1}
+        return {f"sparsity/{plain(k).removesuffix('.weight')}": s for k, s in shares.items()}
+
     def arrived(self) -> bool:
         """Whether all that is asked was zero when the fit began."""
         return all(a >= b for a, b in zip(self._from, self._to, strict=True))
