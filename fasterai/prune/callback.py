@@ -18,7 +18,8 @@ from ..core.processes import must_renew, renew
 from ..core.schedule import Chain, Schedule, agp, goes_down
 from ..core.target import Target
 from ..fit.callback import ScheduledCallback
-from ..measure.profile import layer_costs, macs
+from ..measure.layers import layer_costs
+from ..measure.profile import macs
 from .amounts import Amount, as_amount, asks, part_of
 from .budget import Reached
 from .gradual import GradualPruner
