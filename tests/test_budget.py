@@ -430,6 +430,16 @@ def test_unknown_layers_are_refused():
         Pruner(make(Residual), images()).plan_for(Target(macs=0.5, caps={"stam": 1}))
 
 
+def test_a_target_that_is_met_is_told_without_a_cut():
+    model = make(Residual)
+    pruner, dense = GradualPruner(model, images()), macs(model, images())[""]
+    pruner.prune_to(Target(macs=0.5))
+    left = macs(model, images())[""]
+    pruner.prune_to(Target(macs=0.9))
+    assert pruner.budget.target == Target(macs=0.9) and pruner.budget.measured == left
+    assert pruner.budget.goal == 0.9 * dense and len(pruner.history.cuts) == 1
+
+
 # --- while it trains ---------------------------------------------------------------------------
 
 STEPS = lin.over(0.0, 0.5, n_steps=4)

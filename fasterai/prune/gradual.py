@@ -21,7 +21,7 @@ from ..coupling.surgery import smaller
 from ..coupling.units import Axis
 from ..measure.profile import macs
 from .amounts import Amount, as_amount, counts_of, part_of, share_of
-from .budget import Budget
+from .budget import Budget, Reached
 from .fitting import cut_for, cuts_of, must_lead_to, steps_of
 from .history import CutRecord, History
 from .plan import Plan
@@ -235,7 +235,9 @@ class GradualPruner(Pruner):
         budget = self._budget_of(target)
         dense = budget.dense()
         goal = dense + share * (target.goal(dense) - dense)
-        if budget.measured() <= goal and (share < 1 or budget.met(goal)):
+        now = budget.measured()
+        if now <= goal and (share < 1 or budget.met(goal)):
+            self.budget = Reached(target, dense, goal, now, now)  # without another cut
             return None
         counted = self._counted()
 
