@@ -24,7 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fasterai.core import criteria
 from fasterai.core.processes import Processes
 from fasterai.core.schedule import lin
+from fasterai.core.target import Target
 from fasterai.coupling.inputs import run_quietly
+from fasterai.prune.budget import UnreachableTarget
 from fasterai.prune.callback import PruneCallback
 from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
@@ -294,6 +296,24 @@ def interrupted_fit():
     return tensors(learn)
 
 
+def unreachable_in_one():
+    """A target that one process alone, which measures for itself, calls out of reach."""
+    learn = learner()
+    learn.remove_cb(learn.progress)
+    learn.logger = list
+    learn.model = DistributedDataParallel(learn.model)
+    before = tensors_of(learn.model)
+
+    def check(self, target):
+        if dist.get_rank():
+            raise UnreachableTarget("too slow", 1.0)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((RuntimeError, ValueError)) as said:
+        patch.setattr(GradualPruner, "check", check)
+        learn.fit(1, cbs=PruneCallback(Target(macs=0.5), schedule=STEPS))
+    return str(said.value), same(before, tensors_of(learn.model))
+
+
 def tensors_of(model):
     return [p.detach().clone() for p in model.parameters()]
 
@@ -459,6 +479,11 @@ def test_an_interrupt_after_a_cut_leaves_the_wrapper_usable(both):
     first, second = both(interrupted_fit)
     assert same(first, second)
     assert first[0][0].shape[0] < make(Residual).stem.weight.shape[0]
+
+
+def test_a_target_out_of_reach_in_one_process_is_so_in_both(both):
+    for text, untouched in both(unreachable_in_one):
+        assert "too slow" in text and untouched
 
 
 def test_norms_that_talk_are_traced_without_a_word(both):

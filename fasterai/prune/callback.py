@@ -157,7 +157,7 @@ class PruneCallback(ScheduledCallback):
         self._pruner.criteria = self.gather()
         self._pruner.try_criteria()  # one that fails does so before training
         if isinstance(self.sparsity, Target):
-            self._pruner.check(self.sparsity)
+            self._processes.together(lambda: self._pruner.check(self.sparsity))
         self._pruner.criteria = self.criteria
         if _is_compiled(self.learn.model) and not self.arrived():
             self.warn(
@@ -238,6 +238,8 @@ class PruneCallback(ScheduledCallback):
 
     def arrived(self) -> bool:
         """Whether all that is asked was gone when the fit began."""
+        if isinstance(self.sparsity, Target) and self.sparsity.timed:  # measured, unlike in others
+            return self._processes.decided(lambda: self._pruner.arrived(self.sparsity))
         return self._pruner.arrived(self.sparsity)
 
     def finish(self) -> None:
