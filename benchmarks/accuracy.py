@@ -63,13 +63,14 @@ def arm(criterion, context, way="one shot", *, distilled=True, inner=False) -> d
 def run(arm: dict, share: float, seed: int, args: argparse.Namespace) -> dict:
     """Prune to a share of the MACs, train, test."""
     from cifar import Augment, cifar, loaders, pretrained
-    from fastai.callback.core import Callback
+    from fastai.callback.core import Callback, CancelValidException
     from fastai.callback.schedule import minimum  # noqa: F401  (patches Learner)
     from fastai.learner import Learner
     from fastai.metrics import accuracy
     from fastai.optimizer import SGD
     from torch import nn
 
+    from fasterai.deploy.fold import fold_batchnorm
     from fasterai.distill.callback import DistillCallback
     from fasterai.measure.profile import macs
     from fasterai.regularize.callback import RegularizeCallback
@@ -87,6 +88,11 @@ def run(arm: dict, share: float, seed: int, args: argparse.Namespace) -> dict:
         def after_loss(self):
             self.cast.__exit__(None, None, None)
 
+    class TestAtTheEnd(Callback):
+        def before_validate(self):
+            if self.epoch < self.n_epoch - 1:
+                raise CancelValidException
+
     torch.manual_seed(seed)
     data = cifar(args.data / "cifar10", args.images)
     dls = loaders(data, args.batch)
@@ -96,9 +102,9 @@ def run(arm: dict, share: float, seed: int, args: argparse.Namespace) -> dict:
         dls, model, nn.CrossEntropyLoss(), metrics=accuracy, opt_func=SGD, wd=5e-4, moms=(0.9,) * 3
     )
     learn.logger = lambda _: None
-    extra = [Augment(), HalfPrecision()]
+    extra = [Augment(), HalfPrecision(), TestAtTheEnd()]
     if arm["distilled"]:
-        extra.append(DistillCallback(dense))
+        extra.append(DistillCallback(fold_batchnorm(dense, x)))
     begin = time.perf_counter()
     epochs = args.epochs
     with learn.no_bar(), warnings.catch_warnings():
@@ -125,48 +131,27 @@ def cut(arm: dict, share: float, learn, x) -> list:
     import fasterai.core.criteria as of_weights
     import fasterai.score.all as of_data
     from fasterai.core.schedule import agp, iterative
+    from fasterai.core.target import Target
     from fasterai.prune.callback import PruneCallback
     from fasterai.prune.pruner import Pruner
 
     criterion = getattr(of_data, arm["criterion"], None) or getattr(of_weights, arm["criterion"])
     exclude = ["conv1", *RESIDUAL] if arm["inner"] else []
     scored = criterion
-    if arm["criterion"].startswith("taylor"):
+    if arm["criterion"].startswith("taylor") and arm["way"] in ("one shot", "slimming"):
         scored = of_data.score(
             learn.model, learn.dls.train, criterion, loss_func=learn.loss_func, progress=False
         )
-    pruner = Pruner(learn.model, x, exclude=exclude)
-    sparsity = sparsity_for(share, pruner, arm["context"], scored)
+    target, where = Target(macs=share), arm["context"]
     if arm["way"] in ("one shot", "slimming"):
-        pruner.prune_model(sparsity, context=arm["context"], criteria=scored)
+        pruner = Pruner(learn.model, x, exclude=exclude)
+        pruner.prune_model(target, context=where, criteria=scored)
         return []
     schedule = agp.over(0, 0.5, n_steps=10) if arm["way"] == "gradual" else iterative.over(0, 0.6)
-    return [
-        PruneCallback(
-            sparsity, arm["context"], criterion, schedule, exclude=exclude, example_inputs=x
-        )
-    ]
+    return [PruneCallback(target, where, criterion, schedule, exclude=exclude, example_inputs=x)]
 
 
 RESIDUAL = [f"layer{i}.{j}.conv2" for i in (1, 2, 3) for j in range(3)]
-
-
-def sparsity_for(share: float, pruner, context: str, criterion) -> float:
-    """The sparsity that leaves that share of the MACs, by bisection."""
-    from fasterai.measure.profile import macs
-
-    low, high = 0.0, 1.0
-    dense = macs(pruner.model, pruner.inputs)[""]
-    for _ in range(9):
-        middle = (low + high) / 2
-        plan = pruner.plan_for(middle, context=context, criteria=criterion, verify=False)
-        small = copy.deepcopy(pruner.model)
-        plan.apply(small)
-        if macs(small, pruner.inputs)[""] > share * dense:
-            low = middle
-        else:
-            high = middle
-    return high
 
 
 def child(arm, share, seed, args, send):
@@ -180,7 +165,8 @@ def child(arm, share, seed, args, send):
 
 
 def alone(*job) -> dict:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cifar", "fasterai.all"])
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=child, args=(*job, send))
     process.start()
@@ -237,9 +223,9 @@ def main():
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--images", type=int, default=10000)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.03)
+    parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no arm after that")
-    parser.add_argument("--out", type=Path, default=HERE / "out" / "accuracy.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "accuracy.jsonl")
     args = parser.parse_args()
     args.out.parent.mkdir(exist_ok=True)
     lines = [json.loads(line) for line in args.out.open()] if args.out.exists() else []

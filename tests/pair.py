@@ -1,4 +1,4 @@
-"""Two processes that train together, on CPUs through gloo, and do what tests send them."""
+"""Two processes that train together, through gloo or NCCL, and do what tests send them."""
 
 import multiprocessing as mp
 import os
@@ -8,16 +8,29 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 START = 300  # seconds for the imports
 WAIT = 90  # seconds; who takes longer hangs
 
 
+def backends():
+    """gloo on CPUs, and NCCL where each process gets a GPU of its own."""
+    two = torch.cuda.device_count() >= 2 and dist.is_nccl_available()
+    return ["gloo", *["nccl"] * two]
+
+
+def here():
+    """The device of this process: with NCCL its GPU, else the CPU."""
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", dist.get_rank()) if nccl else torch.device("cpu")
+
+
 class Pair:
     """Call it with a function and its arguments: both processes run it, results come as a list."""
 
-    def __init__(self, folder):
-        self.folder, self.starts, self.running = folder, 0, []
+    def __init__(self, folder, backend="gloo"):
+        self.folder, self.backend, self.starts, self.running = folder, backend, 0, []
 
     def __call__(self, func, *args, **kwargs):
         if not self.running:
@@ -47,7 +60,8 @@ class Pair:
         for rank in range(2):
             here, there = context.Pipe()
             where = f"file://{self.folder}/store{self.starts}"
-            process = context.Process(target=_serve, args=(rank, where, there), daemon=True)
+            given = rank, where, self.backend, there
+            process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             self.running.append((process, here))
         if not all(pipe.poll(START) and pipe.recv() for _, pipe in self.running):
@@ -55,12 +69,17 @@ class Pair:
             raise TimeoutError("the processes do not start")
 
 
-def _serve(rank, where, pipe):
+def _serve(rank, where, backend, pipe):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        torch.backends.cudnn.allow_tf32 = False
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=where, rank=rank, world_size=2, timeout=timedelta(seconds=START)
+        backend, init_method=where, rank=rank, world_size=2, timeout=timedelta(seconds=START)
     )
     import fastai.distributed  # noqa: F401  (slow)
     import test_processes  # noqa: F401
@@ -69,7 +88,8 @@ def _serve(rank, where, pipe):
     while True:
         try:
             func, args, kwargs = pickle.loads(pipe.recv())
-            answer = True, func(*args, **kwargs)
+            found = func(*args, **kwargs)
+            answer = True, tree_map_only(torch.Tensor, torch.Tensor.cpu, found)
         except EOFError:
             return
         except BaseException:

@@ -16,7 +16,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam
 from networks import Plain, Residual, make
-from pair import Pair
+from pair import Pair, backends, here
 from test_callback import Items
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,9 +41,9 @@ if not (dist.is_available() and dist.is_gloo_available()):
 STEPS = lin.over(0.0, 0.7, n_steps=4)
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    pair = Pair(tmp_path_factory.mktemp("pair"))
+@pytest.fixture(scope="module", params=backends())
+def both(tmp_path_factory, request):
+    pair = Pair(tmp_path_factory.mktemp("pair"), request.param)
     yield pair
     pair.stop()
 
@@ -60,8 +60,8 @@ def items(n):
 def learner(n=64, bs=8, kind=Residual, opt_func=Adam, path=None, shuffle=True):
     loaders = [DataLoader(items(n), bs=bs, shuffle=s, num_workers=0) for s in (shuffle, False)]
     learn = Learner(
-        DataLoaders(*loaders, device="cpu"),
-        make(kind),
+        DataLoaders(*loaders, device=here()),
+        make(kind).to(here()),
         nn.CrossEntropyLoss(),
         lr=1e-2,
         opt_func=opt_func,
@@ -76,7 +76,7 @@ def distributed(learn, epochs, *cbs):
     from fastai.distributed import DistributedDL
 
     def broadcast(self, t, rank):  # fastai's own asks for a GPU
-        t = torch.tensor(t)
+        t = torch.tensor(t, device=here())
         dist.broadcast(t, rank)
         return t.tolist()
 
@@ -141,7 +141,7 @@ def halves(wrap, opt_func, rank=None, criterion="large_final"):
         loader = DataLoader(Items(x, y), bs=8, num_workers=0)
         learn = Learner(DataLoaders(loader, loader), make(Plain), nn.CrossEntropyLoss(), lr=1e-2)
         learn.opt_func = opt_func
-    learn.dls = DataLoaders(loader, loader, device="cpu")
+    learn.dls = DataLoaders(loader, loader, device=here())
     learn.remove_cb(learn.progress)
     learn.logger = list
     if rank is not None:
@@ -182,8 +182,8 @@ def counted(do):
 
 def own_loop():
     """Gradients that are not averaged yet; what is sent at an update and at other steps."""
-    model = DistributedDataParallel(make(Residual))
-    x, y = (t[dist.get_rank() :: 2] for t in items(16).tensors)
+    model = DistributedDataParallel(make(Residual).to(here()))
+    x, y = (t[dist.get_rank() :: 2].to(here()) for t in items(16).tensors)
     sparsifier = Sparsifier(model, "weight", "global", criteria.grad_crit, example_inputs=x)
     with model.no_sync():
         nn.functional.cross_entropy(model(x), y).backward()
@@ -320,7 +320,8 @@ def tensors_of(model):
 
 def synced():
     """Units of a network whose batch norms talk to each other, found by one process alone."""
-    model, x = nn.SyncBatchNorm.convert_sync_batchnorm(make(Residual)), items(4).tensors[0]
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(make(Residual)).to(here())
+    x = items(4).tensors[0].to(here())
     if dist.get_rank():
         return None
     with run_quietly(model, training=True):
@@ -335,9 +336,9 @@ def sharded():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = make(Residual)
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    before, x, said = [p.to_local().clone() for p in model.parameters()], items(4).tensors[0], []
+    model, x, said = make(Residual).to(here()), items(4).tensors[0].to(here()), []
+    fully_shard(model, mesh=init_device_mesh(here().type, (2,)))
+    before = [p.to_local().clone() for p in model.parameters()]
     for do in (
         lambda: Sparsifier(model, "weight", example_inputs=x),
         lambda: Sparsifier(model, "filter", example_inputs=x),
