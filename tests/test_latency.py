@@ -48,7 +48,7 @@ class Machine:
             return self.overhead + a.shape[0] * a.shape[1] * b.shape[1] / 1e6
         return self.overhead
 
-    def whole(self, model, inputs, threads, states, rounds=5, seconds=0.1):
+    def whole(self, model, inputs, threads, states):
         return [self.of_network(model, inputs, state) for state in states]
 
     def of_network(self, model, inputs, state):
@@ -202,5 +202,44 @@ def test_a_table_is_kept_in_a_file(tmp_path, monkeypatch):
 def test_a_real_clock_says_something():
     model = make(Residual)
     pruner = Pruner(model, images())
-    times = latency.alternating(model, pruner.inputs, 1, rounds=1, seconds=0.01)
+    times = latency.alternating(model, pruner.inputs, 1, seconds=0.01, limit=0)
     assert len(times) == 1 and 0 < times[0] < 1e4
+
+
+class Clock:
+    """Stands for a timer whose network takes 10 and 4 ms by turns, on a machine that is disturbed.
+
+    Args:
+        slower: how much slower the machine is, by turn.
+    """
+
+    def __init__(self, slower):
+        self.slower, self.calls = slower, 0
+
+    def __call__(self, *args):
+        return self
+
+    def blocked_autorange(self, min_run_time):
+        turn, state = divmod(self.calls, 2)
+        self.calls += 1
+        self.times = [(0.010, 0.004)[state] * self.slower(turn, state), 1.0]
+        return self
+
+
+@pytest.mark.parametrize(
+    ("slower", "turns"),
+    [
+        (lambda turn, state: 1, 5),
+        (lambda turn, state: 3 if turn > 2 else 1, 5),  # both, for long
+        (lambda turn, state: 1 + 2 * (turn == 1 and state == 0), 5),  # one of them, once
+        (lambda turn, state: 1 + 2 * (turn in (0, 2, 3) and state == 1), None),  # nearly always
+    ],
+)
+def test_what_disturbs_the_machine_does_not_count(monkeypatch, slower, turns):
+    clock = Clock(slower)
+    monkeypatch.setattr(latency, "_timer", clock)
+    states = [latency.nullcontext] * 2
+    pruner = Pruner(make(Residual), images())
+    first, second = latency.alternating(pruner.model, pruner.inputs, 1, states)
+    assert second / first == pytest.approx(0.4)
+    assert clock.calls == 2 * turns if turns else clock.calls > 10

@@ -32,6 +32,8 @@ _SECONDS = 0.03  # spent on one shape of one operation
 _KNOWN: dict[str, float] = {}  # what was measured in this process
 _STEPS = (16, 8, 4, 2)
 _SAME = 1.03  # times apart by so little are the same
+_TURNS = 5, 30  # of networks that are timed by turns, at least and at most
+_CERTAIN = 0.02
 
 Terms = list[tuple[float, list[Width]]]
 
@@ -139,32 +141,41 @@ def alternating(
     inputs: Inputs,
     threads: int,
     states: Sequence[Callable[[], AbstractContextManager[Any]]] = (nullcontext,),
-    rounds: int = 5,
     seconds: float = 0.1,
+    limit: float = 20.0,
 ) -> list[float]:
     """Milliseconds of a forward in eval mode, in each of several states of a network.
 
-    The quickest one counts: what else the machine does makes others slower, never quicker. For the
-    same reason a single thread on a CPU is timed by the time that it runs, without that in which
-    the machine does something else.
+    Of each turn the quickest forward counts: what else the machine does makes others slower, never
+    quicker. For the same reason a single thread on a CPU is timed by the time that it runs. Of the
+    turns the median counts, and of all states but the first that of their ratios to it, for what
+    lasts longer than a turn makes all of it slower. Turns go on until these medians are known to
+    within 2%.
 
     Args:
         model: the network.
         inputs: the batch.
         threads: CPU threads.
-        states: contexts in which it is timed, by turns, so that drift hits all alike.
-        rounds: turns.
+        states: contexts in which it is timed, by turns.
         seconds: spent on each state in a turn.
+        limit: begin no turn after so many seconds, but for the first three.
     """
-    taken: list[list[float]] = [[] for _ in states]
-    for _ in range(rounds):
-        for state, times in zip(states, taken, strict=True):
+    turns: list[list[float]] = []
+    begin = time.monotonic()
+    while len(turns) < _TURNS[0] or not _settled(np.array(turns)):
+        late = time.monotonic() - begin > limit
+        if len(turns) >= 3 and (late or len(turns) == _TURNS[1]):
+            break
+        turn = []
+        for state in states:
             with state(), run_quietly(model):
                 copies = inputs.copies()
                 names = {"model": model, "args": copies.args, "kwargs": copies.kwargs}
                 timer = _timer("model(*args, **kwargs)", names, threads, copies.tensors[0].device)
-                times += timer.blocked_autorange(min_run_time=seconds).times
-    return [min(times) * 1e3 for times in taken]
+                turn.append(min(timer.blocked_autorange(min_run_time=seconds).times))
+        turns.append(turn)
+    first, ratios = np.array(turns)[:, 0], _ratios(np.array(turns))
+    return [float(np.median(first) * np.median(r) * 1e3) for r in (np.ones(1), *ratios.T)]
 
 
 # --- inside --------------------------------------------------------------------------------------
@@ -174,6 +185,19 @@ def _timer(code: str, names: dict[str, Any], threads: int, device: torch.device)
     alone = threads == 1 and device.type == "cpu"
     clock = {"timer": time.thread_time} if alone else {}
     return Timer(code, globals=names, num_threads=threads, **clock)
+
+
+def _ratios(turns: np.ndarray) -> np.ndarray:
+    return turns[:, 1:] / turns[:, :1]  # (turns, states - 1)
+
+
+def _settled(turns: np.ndarray) -> bool:
+    """Whether the medians are known well enough: 1.25 standard deviations by sqrt(n), from
+    the quartiles of as many normal numbers.
+    """
+    found = _ratios(turns) if turns.shape[1] > 1 else turns
+    low, middle, high = np.quantile(found, (0.25, 0.5, 0.75), axis=0)
+    return bool((1.25 * (high - low) / 1.35 / len(turns) ** 0.5 <= _CERTAIN * middle).all())
 
 
 def _size(shape: Sequence[Width]) -> int:

@@ -21,7 +21,6 @@ __all__ = ["TimedBudget"]
 
 _ROUNDS = 4  # the first choice and three corrections
 _NEAR = 0.1
-_TURNS = 5
 
 
 class TimedBudget(Budget):
@@ -55,7 +54,7 @@ class TimedBudget(Budget):
             return self._now
         plan = cutting(self.model, self.coupling, self.axes, remove)
         states = nullcontext, partial(shadowed, self.model, plan)
-        now, then = self._alternating(states, _TURNS)
+        now, then = self._alternating(states)
         return then / now * self._now  # drift of the machine does not count
 
     def choose(
@@ -101,10 +100,10 @@ class TimedBudget(Budget):
         where = self.model, self._batch, self.coupling, self.axes
         terms, self._step = latency_of_widths(*where, table)
         table.save()
-        self._now = self._alternating([nullcontext], _TURNS)[0]
+        self._now = self._alternating([nullcontext])[0]
         whole = Costs(terms, len(self.axes)).at([0] * len(self.axes))
         right = self._now / whole if whole else 1.0  # what the table does not know of
         return Costs([(right * factor, widths) for factor, widths in terms], len(self.axes))
 
-    def _alternating(self, states: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-        return alternating(self.model, self._batch, self._threads, states, rounds)
+    def _alternating(self, states: Sequence[Callable[[], Any]]) -> list[float]:
+        return alternating(self.model, self._batch, self._threads, states)

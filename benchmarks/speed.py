@@ -1,0 +1,179 @@
+"""Time that is saved: targets of latency, and what half of the MACs is worth, beside torch-pruning.
+
+Random weights, images of 224 x 224, float32, eval mode. For each network and batch size, in a
+process of its own and all networks timed by turns: `Target(speedup=2)` with what it predicted and
+measured; and cuts to half of the MACs, ours and torch-pruning's (L1 norm, told the heads and the
+output layer, its ratio bisected), each with widths as they come and with multiples of 16. The share
+of the ideal is how many times as fast the network became by how many times fewer MACs it has. Lines
+that are there are not measured again.
+
+    python benchmarks/speed.py [--networks resnet50 ...] [--batches 1 16] [--threads 1]
+        [--channels-last] [--compile] [--no-peer] [--seconds 2] [--out FILE]
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import platform
+import warnings
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+from fasterai.core.target import Target
+from fasterai.measure.profile import compare, macs
+from fasterai.prune.pruner import Pruner
+
+NETWORKS = ["resnet50", "mobilenet_v2", "vgg16_bn", "vit_b_16", "efficientnet_b0", "convnext_tiny"]
+OUT = Path(__file__).parent / "results" / "speed.jsonl"
+ROUND_TO = 16
+
+
+def ours(model, x, round_to):
+    return Pruner(model, x).prune_model(Target(macs=0.5), round_to=round_to, verify=False)
+
+
+def peer(model, x, round_to):
+    """Torch-pruning at the ratio that leaves half of the MACs."""
+    import torch_pruning as tp
+
+    dense, low, high = macs(model, x)[""], 0.0, 1.0
+    for _ in range(8):
+        middle, tried = (low + high) / 2, copy.deepcopy(model)
+        layers = [m for m in tried.modules() if isinstance(m, nn.Linear)]
+        attention = [m for m in tried.modules() if isinstance(m, nn.MultiheadAttention)]
+        tp.pruner.BasePruner(
+            tried,
+            x,
+            importance=tp.importance.MagnitudeImportance(p=1),
+            pruning_ratio=middle,
+            ignored_layers=layers[-1:],
+            num_heads={m: m.num_heads for m in attention},
+            round_to=None if round_to == 1 else round_to,
+        ).step()
+        if macs(tried, x)[""] > dense / 2:
+            low = middle
+        else:
+            high, best = middle, tried
+    return best
+
+
+def measured(name, batch, args):
+    """The line of a network and batch size."""
+    torch.manual_seed(0)
+    model, x = torchvision.models.get_model(name, weights=None).eval(), torch.randn(1, 3, 224, 224)
+    if args.channels_last:
+        model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
+    networks, failed = {"dense": model}, {}
+    fast = copy.deepcopy(model)
+    pruner = Pruner(fast, x)
+    pruner.prune_model(Target(speedup=2, batch=batch, threads=args.threads), verify=False)
+    networks["speedup 2"] = fast
+    ways = [("ours", ours), *([] if args.no_peer else [("torch-pruning", peer)])]
+    for title, cut in ways:
+        for round_to in (1, ROUND_TO):
+            title = title if round_to == 1 else f"{title}, x{round_to}"
+            try:
+                networks[title] = cut(copy.deepcopy(model), x, round_to)
+            except Exception as error:
+                failed[title] = f"{type(error).__name__}: {error}"[:200]
+    counted = {n: macs(m, x)[""] for n, m in networks.items()}
+    if args.compile:
+        networks = {n: torch.compile(m) for n, m in networks.items()}
+    settings = dict(batch_sizes=[batch], threads=args.threads, seconds=args.seconds)
+    table = compare(networks, x, **settings)
+    met = pruner.budget
+    return {
+        "target": {k: getattr(met, k) for k in ("dense", "goal", "predicted", "measured")},
+        "ms": table["latency_ms"].to_dict(),
+        "iqr": table["iqr_ms"].to_dict(),
+        "macs": counted,
+        "failed": failed,
+    }
+
+
+def child(name, batch, args, send):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(args.threads)
+    try:
+        send.send(measured(name, batch, args))
+    except Exception as error:
+        send.send({"error": f"{type(error).__name__}: {error}"[:300]})
+
+
+def alone(*job):
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(*job, send))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        return {"error": "died"}
+    finally:
+        process.join()
+
+
+def show(lines):
+    """Both tables, in Markdown."""
+    lines = [line for line in lines if "ms" in line]
+    print("`Target(speedup=2)`: what is left of the time, where 0.5 is asked\n")
+    print("| network | batch | predicted | measured while choosing | timed afterwards |")
+    print("| --- | --- | --- | --- | --- |")
+    for line in lines:
+        met, ms = line["target"], line["ms"]
+        shares = met["predicted"] / met["dense"], met["measured"] / met["dense"]
+        said = [*shares, ms["speedup 2"] / ms["dense"]]
+        print(f"| {line['network']} | {line['batch']} | {' | '.join(f'{s:.3f}' for s in said)} |")
+    print("\nHalf of the MACs: times as fast, and the share of the ideal\n")
+    titles = [n for n in lines[0]["ms"] if n not in ("dense", "speedup 2")] if lines else []
+    print(f"| network | batch | dense, ms | {' | '.join(titles)} |")
+    print("| --- " * (3 + len(titles)) + "|")
+    for line in lines:
+        ms, macs_ = line["ms"], line["macs"]
+        cells = [f"{line['network']}", f"{line['batch']}", f"{ms['dense']:.1f}"]
+        for title in titles:
+            if title not in ms:
+                cells.append(line["failed"].get(title, ""))
+                continue
+            gain = ms["dense"] / ms[title]
+            ideal = macs_["dense"] / macs_[title]
+            cells.append(f"{gain:.2f} of {ideal:.2f}: {gain / ideal:.2f}")
+        print(f"| {' | '.join(cells)} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--seconds", type=float, default=2, help="on each network")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in args.out.open()] if args.out.exists() else []
+    how = {"threads": args.threads, "channels_last": args.channels_last, "compile": args.compile}
+    machine = f"{platform.machine()}, torch {torch.__version__}"
+    for batch in args.batches:
+        for name in args.networks:
+            job = {"network": name, "batch": batch, **how}
+            if any(job.items() <= line.items() and "error" not in line for line in lines):
+                continue
+            line = {**job, **alone(name, batch, args), "machine": machine}
+            lines.append(line)
+            with args.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    show([line for line in lines if how.items() <= line.items() and "error" not in line])
+
+
+if __name__ == "__main__":
+    main()
