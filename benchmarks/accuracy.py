@@ -8,15 +8,17 @@ arm runs in a process of its own and leaves a JSON line; arms that have one are 
         [--epochs 3] [--images 10000] [--seeds 0] [--minutes 60]
 
 one shot: all units go at once, then all epochs train. gradual: `PruneCallback` with its own
-schedule over the first half. iterative: three cuts over the first 60%. slimming: the norms' scales
-are penalised for the first half of the epochs, then units go at once. distilled: with
-`DistillCallback`, the teacher is the dense network. inner: only channels inside the blocks go.
+schedule over the first half. iterative: three cuts over the first 60%. slimming, sparse: the
+norms' scales, or what torch-pruning's sparse learning takes, are penalised for the first half of
+the epochs, then units go at once. distilled: with `DistillCallback`, the teacher is the dense
+network. inner: only channels inside the blocks go.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import multiprocessing
 import platform
@@ -48,12 +50,15 @@ def arms(kind: str) -> list[dict]:
             for context in both
             for way in WAYS[:2]
         ]
+    if kind == "peers":
+        return [arm(f"torch-pruning, {name}", "local", way) for name, way in PEERS.items()]
     if kind == "rates":
         return [arm("large_final", "local")]
     return [arm(c, context, inner=True) for c in ("large_final", "taylor_maps") for context in both]
 
 
 WAYS = "one shot", "gradual", "iterative", "slimming"
+PEERS = {"L1": "one shot", "Taylor": "one shot", "BN scale": "sparse", "group norm": "sparse"}
 
 
 def arm(criterion, context, way="one shot", *, distilled=True, inner=False) -> dict:
@@ -109,14 +114,21 @@ def run(arm: dict, share: float, seed: int, args: argparse.Namespace) -> dict:
     epochs = args.epochs
     with learn.no_bar(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if arm["way"] == "slimming":
+        theirs = arm["criterion"].startswith("torch-pruning")
+        if arm["way"] in ("slimming", "sparse"):
+            regular = (
+                sparse_learning(learn.model, x, arm)
+                if theirs
+                else RegularizeCallback(1e-4, "slimming")
+            )
             epochs = args.epochs // 2
-            learn.fit_flat_cos(epochs, args.lr, cbs=[*extra, RegularizeCallback(1e-4, "slimming")])
+            learn.fit_flat_cos(epochs, args.lr, cbs=[*extra, regular])
             epochs = args.epochs - epochs
-        cbs = cut(arm, share, learn, x)
+        cbs = (cut_by_peer if theirs else cut)(arm, share, learn, x)
         learn.fit_one_cycle(epochs, args.lr, pct_start=0.1, cbs=[*extra, *cbs])
     seconds = time.perf_counter() - begin
     column = list(learn.recorder.metric_names).index("accuracy") - 1  # values have no epoch
+    model = learn.model  # a peer's is another one
     left = macs(model, x)[""] / macs(dense, x)[""]
     return {
         "accuracy": learn.recorder.values[-1][column],
@@ -149,6 +161,62 @@ def cut(arm: dict, share: float, learn, x) -> list:
         return []
     schedule = agp.over(0, 0.5, n_steps=10) if arm["way"] == "gradual" else iterative.over(0, 0.6)
     return [PruneCallback(target, where, criterion, schedule, exclude=exclude, example_inputs=x)]
+
+
+def peer_of(model, x, arm: dict, ratio: float = 0.5):
+    """Torch-pruning's pruner for that method, told the output layer."""
+    import torch_pruning as tp
+
+    made, how = tp.pruner, tp.importance
+    kind, importance = {
+        "L1": (made.BasePruner, lambda: how.GroupMagnitudeImportance(p=1)),
+        "Taylor": (made.BasePruner, how.GroupTaylorImportance),
+        "BN scale": (made.BNScalePruner, how.BNScaleImportance),
+        "group norm": (made.GroupNormPruner, lambda: how.GroupMagnitudeImportance(p=2)),
+    }[arm["criterion"].removeprefix("torch-pruning, ")]
+    more = {"reg": 1e-4} if arm["way"] == "sparse" else {}  # as in its examples
+    ignored = [model.linear]
+    return kind(model, x, importance(), pruning_ratio=ratio, ignored_layers=ignored, **more)
+
+
+def cut_by_peer(arm: dict, share: float, learn, x) -> list:
+    """Cut at once by torch-pruning, at the ratio that leaves that share of the MACs."""
+    from fasterai.measure.profile import macs
+
+    model = learn.model.eval()
+    if arm["criterion"].endswith("Taylor"):
+        for images, labels in itertools.islice(learn.dls.train, 4):
+            learn.loss_func(model(images), labels).backward()
+    gradients = [p.grad for p in model.parameters()]
+    low, high, dense = 0.0, 1.0, macs(model, x)[""]
+    for _ in range(9):
+        ratio, tried = (low + high) / 2, copy.deepcopy(model)
+        for p, gradient in zip(tried.parameters(), gradients, strict=True):
+            p.grad = gradient
+        peer_of(tried, x, arm, ratio).step()
+        if macs(tried, x)[""] > share * dense:
+            low = ratio
+        else:
+            high, learn.model = ratio, tried
+    learn.model.zero_grad()
+    learn.opt = None
+    return []
+
+
+def sparse_learning(model, x, arm: dict):
+    """Torch-pruning's sparse learning: its pruner adds to the gradients."""
+    from fastai.callback.core import Callback
+
+    class SparseLearning(Callback):
+        pruner = peer_of(model, x, arm)
+
+        def before_epoch(self):
+            self.pruner.update_regularizer()
+
+        def before_step(self):
+            self.pruner.regularize(self.model)
+
+    return SparseLearning()
 
 
 RESIDUAL = [f"layer{i}.{j}.conv2" for i in (1, 2, 3) for j in range(3)]

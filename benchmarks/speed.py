@@ -17,6 +17,8 @@ import json
 import multiprocessing
 import platform
 import warnings
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +26,9 @@ import torchvision
 from torch import nn
 
 from fasterai.core.target import Target
-from fasterai.measure.profile import compare, macs
+from fasterai.coupling.inputs import Inputs
+from fasterai.measure.latency import alternating
+from fasterai.measure.profile import macs
 from fasterai.prune.pruner import Pruner
 
 NETWORKS = ["resnet50", "mobilenet_v2", "vgg16_bn", "vit_b_16", "efficientnet_b0", "convnext_tiny"]
@@ -61,6 +65,31 @@ def peer(model, x, round_to):
     return best
 
 
+class Chosen(nn.Module):
+    """One of several networks, so that they can be timed by turns."""
+
+    def __init__(self, networks):
+        super().__init__()
+        self.networks, self.which = nn.ModuleList(networks), 0
+
+    def forward(self, x):
+        return self.networks[self.which](x)
+
+    @contextmanager
+    def choosing(self, which):
+        self.which = which
+        yield
+
+
+def timed(networks, x, args):
+    """Milliseconds of each, by medians of ratios to the first; see `alternating`."""
+    model = Chosen(networks.values())
+    states = [partial(model.choosing, i) for i in range(len(networks))]
+    seconds = args.seconds / 5
+    found = alternating(model, Inputs.of(x, samples=None), args.threads, states, seconds, 100)
+    return dict(zip(networks, found, strict=True))
+
+
 def measured(name, batch, args):
     """The line of a network and batch size."""
     torch.manual_seed(0)
@@ -83,13 +112,11 @@ def measured(name, batch, args):
     counted = {n: macs(m, x)[""] for n, m in networks.items()}
     if args.compile:
         networks = {n: torch.compile(m) for n, m in networks.items()}
-    settings = dict(batch_sizes=[batch], threads=args.threads, seconds=args.seconds)
-    table = compare(networks, x, **settings)
+    ms = timed(networks, x.repeat(batch, 1, 1, 1), args)
     met = pruner.budget
     return {
         "target": {k: getattr(met, k) for k in ("dense", "goal", "predicted", "measured")},
-        "ms": table["latency_ms"].to_dict(),
-        "iqr": table["iqr_ms"].to_dict(),
+        "ms": ms,
         "macs": counted,
         "failed": failed,
     }
@@ -156,7 +183,7 @@ def main():
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--seconds", type=float, default=2, help="on each network")
+    parser.add_argument("--seconds", type=float, default=2, help="on each network, at least")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
