@@ -4,8 +4,8 @@
 
 Quick (the default) takes less than 15 minutes on two cores, full takes hours. FOLDER holds
 cifar10/, cats_vs_dogs/ and weights/; without it what needs real data is left out, by name. What a
-benchmark printed is kept in benchmarks/out and not run again, unless `--again` says so: RESULTS.md
-can be written anew at any time, and a run that was stopped goes on.
+benchmark printed is kept, of a full run in benchmarks/results, and not run again unless `--again`
+says so: RESULTS.md can be written anew at any time, and a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 HERE = Path(__file__).parent
-OUT = HERE / "out" / "results"
+KEPT = {"quick": HERE / "out" / "results", "full": HERE / "results"}
 VERSIONS = "torch", "torchvision", "timm", "transformers", "fastai", "torch-pruning"
 
 
@@ -43,12 +44,13 @@ ALL = [
     Benchmark("prune_cost", "--networks resnet50 --depths 20 56", ""),
     Benchmark("select_cost", "--millions 1 10 --rounds 3", ""),
     Benchmark("step_cost", "--rounds 3", ""),
+    Benchmark("speed", "--networks mobilenet_v2 --batches 1 --out speed.jsonl", ""),
     Benchmark("budgets", "--networks resnet18 mobilenet_v2", ""),
     Benchmark("sparse_files", "--numbers 10000000 --rounds 3", ""),
     Benchmark("sparse_execution", None, ""),
     Benchmark("prune_while_training", "--images 512 --epochs 3 --sparsity 0 0.5", "", "?cifar10"),
     Benchmark("criteria", "--images 100", "", "."),
-    Benchmark("accuracy", None, "", "."),
+    Benchmark("accuracy", None, "--arms ways labels criteria inner peers", "."),
     Benchmark("cats_and_dogs", None, "", "."),
     Benchmark("deploy", None, "", "cats_vs_dogs"),
 ]
@@ -76,11 +78,14 @@ def run(name: str, given: list[str], kind: str) -> None:
     paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", *given], capture_output=True, text=True, env=env, cwd=OUT
+        [sys.executable, "-W", "ignore", *given],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=KEPT["quick"],
     )
-    shown = [Path(given[0]).name, *given[1:]]
     record = {
-        "command": ["python", f"benchmarks/{shown[0]}", *shown[1:]],
+        "command": ["python", f"benchmarks/{name}.py", *shown(given[1:])],
         "seconds": round(time.monotonic() - begin),
         "load": [round(load, 1), round(os.getloadavg()[0], 1)],
         "failed": done.returncode != 0,
@@ -88,7 +93,16 @@ def run(name: str, given: list[str], kind: str) -> None:
         "error": done.stderr[-2000:] if done.returncode else "",
         **machine(),
     }
-    (OUT / f"{name}.{kind}.json").write_text(json.dumps(record, indent=1))
+    kept_in(name, kind).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def shown(arguments: list[str]) -> list[str]:
+    """Without the folders of this machine."""
+    return ["FOLDER" if before == "--data" else each for before, each in pairwise(["", *arguments])]
+
+
+def kept_in(name: str, kind: str) -> Path:
+    return KEPT[kind] / f"{name}.json"
 
 
 def machine() -> dict:
@@ -117,19 +131,19 @@ def processor() -> str:
 def section(each: Benchmark, kind: str, missing: str) -> str:
     """The part of RESULTS.md on one benchmark."""
     about = (HERE / f"{each.name}.py").read_text().split('"""')[1].strip().split("\n\n")[0]
-    file = OUT / f"{each.name}.{kind}.json"
+    file = kept_in(each.name, kind)
     head = f"## {each.name}\n\n{about}\n\n"
     if not file.exists():
         return head + f"Left out: {missing or 'not run'}.\n"
     record = json.loads(file.read_text())
-    shown = record["error"] if record["failed"] else record["printed"].strip()
-    if "| --- |" not in shown or record["failed"]:
-        shown = f"```\n{shown}\n```"
-    arguments = [a if "/" not in a or i < 2 else "FOLDER" for i, a in enumerate(record["command"])]
+    text = record["error"] if record["failed"] else record["printed"].strip()
+    if "| --- |" not in text or record["failed"]:
+        text = f"```\n{text}\n```"
     load = " to ".join(map(str, record["load"]))
+    took = f"{record['seconds']} s{', failed' * record['failed']}"
     return (
-        f"{head}`{' '.join(arguments)}`: {record['seconds']} s{', failed' * record['failed']}; "
-        f"{record['machine']}, {record['threads']} thread, load {load}\n\n{shown}\n"
+        f"{head}`{' '.join(record['command'])}`: {took}; "
+        f"{record['machine']}, {record['threads']} thread, load {load}\n\n{text}\n"
     )
 
 
@@ -145,18 +159,19 @@ def main():
     args = parser.parse_args()
     kind = "full" if args.full else "quick"
     data = args.data and args.data.resolve()
-    OUT.mkdir(parents=True, exist_ok=True)
+    for folder in KEPT.values():
+        folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for each in ALL:
         given = command(each, args.full, data)
-        known = (OUT / f"{each.name}.{kind}.json").exists()
+        known = kept_in(each.name, kind).exists()
         wanted = (args.only is None or each.name in args.only) and (args.again or not known)
         if isinstance(given, list) and wanted and not args.render:
             print(f"{each.name} ...", flush=True)
             run(each.name, given, kind)
         parts.append(section(each, kind, given if isinstance(given, str) else ""))
     versions = ", ".join(f"{n} {v}" for n, v in machine()["versions"].items())
-    file = HERE / "RESULTS.md" if args.full else OUT / "RESULTS.md"
+    file = (HERE if args.full else KEPT[kind]) / "RESULTS.md"
     intro = (
         f"# Results\n\nWritten by `python benchmarks/run.py{' --full' * args.full}`, from what the "
         f"benchmarks print. Times are ratios within a run.\n\n{versions}\n"
