@@ -51,6 +51,7 @@ ALL = [
     Benchmark("prune_while_training", "--images 512 --epochs 3 --sparsity 0 0.5", "", "?cifar10"),
     Benchmark("criteria", "--images 100", "", "."),
     Benchmark("accuracy", None, "--arms ways labels criteria inner peers", "."),
+    Benchmark("unstructured", None, "", "."),
     Benchmark("cats_and_dogs", None, "", "."),
     Benchmark("deploy", None, "", "cats_vs_dogs"),
 ]

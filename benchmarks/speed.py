@@ -13,16 +13,13 @@ that are there are not measured again.
 
 import argparse
 import copy
-import json
-import multiprocessing
-import platform
-import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 import torchvision
+from arms import HERE, Lines, alone
 from torch import nn
 
 from fasterai.core.target import Target
@@ -32,7 +29,7 @@ from fasterai.measure.profile import macs
 from fasterai.prune.pruner import Pruner
 
 NETWORKS = ["resnet50", "mobilenet_v2", "vgg16_bn", "vit_b_16", "efficientnet_b0", "convnext_tiny"]
-OUT = Path(__file__).parent / "results" / "speed.jsonl"
+OUT = HERE / "results" / "speed.jsonl"
 ROUND_TO = 16
 
 
@@ -122,29 +119,6 @@ def measured(name, batch, args):
     }
 
 
-def child(name, batch, args, send):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(args.threads)
-    try:
-        send.send(measured(name, batch, args))
-    except Exception as error:
-        send.send({"error": f"{type(error).__name__}: {error}"[:300]})
-
-
-def alone(*job):
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(*job, send))
-    process.start()
-    send.close()
-    try:
-        return receive.recv()
-    except EOFError:
-        return {"error": "died"}
-    finally:
-        process.join()
-
-
 def show(lines):
     """Both tables, in Markdown."""
     lines = [line for line in lines if "ms" in line]
@@ -186,19 +160,14 @@ def main():
     parser.add_argument("--seconds", type=float, default=2, help="on each network, at least")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in args.out.open()] if args.out.exists() else []
+    lines = Lines(args.out)
     how = {"threads": args.threads, "channels_last": args.channels_last, "compile": args.compile}
-    machine = f"{platform.machine()}, torch {torch.__version__}"
     for batch in args.batches:
         for name in args.networks:
             job = {"network": name, "batch": batch, **how}
-            if any(job.items() <= line.items() and "error" not in line for line in lines):
-                continue
-            line = {**job, **alone(name, batch, args), "machine": machine}
-            lines.append(line)
-            with args.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            if not lines.has(job):
+                given = name, batch, args
+                lines.add({**job, **alone(measured, *given, threads=args.threads)})
     show([line for line in lines if how.items() <= line.items() and "error" not in line])
 
 

@@ -1,0 +1,59 @@
+"""Training a pretrained CIFAR network on: one budget for all arms of a comparison."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from cifar import Augment, cifar, loaders, pretrained
+from fastai.callback.core import Callback, CancelValidException
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from fastai.optimizer import SGD
+from torch import nn
+
+
+class HalfPrecision(Callback):
+    """bfloat16 on the CPU, and the layout that its convs are quick with."""
+
+    order = 10
+
+    def before_batch(self):
+        self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) for x in self.xb)
+        self.cast = torch.autocast("cpu", torch.bfloat16)
+        self.cast.__enter__()
+
+    def after_loss(self):
+        self.cast.__exit__(None, None, None)
+
+
+class TestAtTheEnd(Callback):
+    """No validation but that of the last epoch."""
+
+    def before_validate(self):
+        if self.epoch < self.n_epoch - 1:
+            raise CancelValidException
+
+
+def learner(depth: int, data: Path, images: int, batch: int, seed: int) -> Learner:
+    """A pretrained ResNet, SGD with momentum, flips and shifts."""
+    torch.manual_seed(seed)
+    dls = loaders(cifar(data / "cifar10", images), batch)
+    model = pretrained(depth, data / "weights").to(memory_format=torch.channels_last)
+    how = dict(metrics=accuracy, opt_func=SGD, wd=5e-4, moms=(0.9,) * 3)
+    learn = Learner(dls, model, nn.CrossEntropyLoss(), **how)
+    learn.add_cbs([Augment(), HalfPrecision(), TestAtTheEnd()])
+    learn.logger = lambda _: None
+    return learn
+
+
+def tune(learn: Learner, epochs: int, lr: float, cbs=()) -> float:
+    """Train by one cycle; returns the accuracy on the test images."""
+    from fastai.callback import schedule  # noqa: F401  (patches Learner)
+
+    with learn.no_bar(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        learn.fit_one_cycle(epochs, lr, pct_start=0.1, cbs=list(cbs))
+    column = list(learn.recorder.metric_names).index("accuracy") - 1  # values have no epoch
+    return learn.recorder.values[-1][column]
