@@ -25,6 +25,7 @@ from torch.utils.benchmark import Timer
 from ..coupling.inputs import Inputs, map_tensors, operands_in, run_quietly
 from ..coupling.units import Axis, Coupling
 from .costs import Width, products, widths_seen
+from .memory import keep_freed_memory
 
 __all__ = ["LatencyTable", "alternating", "latency_of_widths"]
 
@@ -53,6 +54,7 @@ class LatencyTable:
     def __init__(
         self, threads: int, device: torch.device, file: str | os.PathLike[str] | None = None
     ) -> None:
+        keep_freed_memory()
         self.threads, self.device = threads, device
         self.file = None if file is None else Path(file)
         if self.file is not None and self.file.exists():
@@ -160,6 +162,7 @@ def alternating(
         seconds: spent on each state in a turn.
         limit: begin no turn after so many seconds, but for the first three.
     """
+    keep_freed_memory()
     turns: list[list[float]] = []
     begin = time.monotonic()
     while len(turns) < _TURNS[0] or not _settled(np.array(turns)):

@@ -12,7 +12,7 @@ from torch.utils.benchmark import Measurement, Timer
 
 from ..coupling.inputs import Inputs, run_quietly
 from .counts import counts, macs, numbers_needed
-from .memory import peak_bytes
+from .memory import keep_freed_memory, peak_bytes
 from .sizes import gzip_bytes, saved_bytes, sparse_bytes
 
 __all__ = ["compare", "macs", "profile", "saved_bytes"]
@@ -140,6 +140,7 @@ def _or_na(number: int | None) -> Any:
 def _latency(
     networks: Mapping[str, nn.Module], inputs: Inputs, threads: int, seconds: float
 ) -> dict[str, Measurement]:
+    keep_freed_memory()
     taken: dict[str, list[Measurement]] = {name: [] for name in networks}
     for _ in range(_ROUNDS):
         for name, model in networks.items():
