@@ -19,17 +19,12 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
-import multiprocessing
-import platform
 import time
-import warnings
 from pathlib import Path
 
 import pandas as pd
-import torch
+from arms import HERE, Lines, alone
 
-HERE = Path(__file__).parent
 CRITERIA = ("large_final", "squared_final", "random_scores", "fpgm", "norm_scale", "taylor")
 CRITERIA += ("taylor_filter", "taylor_maps")
 
@@ -67,73 +62,31 @@ def arm(criterion, context, way="one shot", *, distilled=True, inner=False) -> d
 
 def run(arm: dict, share: float, seed: int, args: argparse.Namespace) -> dict:
     """Prune to a share of the MACs, train, test."""
-    from cifar import Augment, cifar, loaders, pretrained
-    from fastai.callback.core import Callback, CancelValidException
-    from fastai.callback.schedule import minimum  # noqa: F401  (patches Learner)
-    from fastai.learner import Learner
-    from fastai.metrics import accuracy
-    from fastai.optimizer import SGD
-    from torch import nn
+    from tuning import learner, tune
 
     from fasterai.deploy.fold import fold_batchnorm
     from fasterai.distill.callback import DistillCallback
     from fasterai.measure.profile import macs
     from fasterai.regularize.callback import RegularizeCallback
 
-    class HalfPrecision(Callback):
-        """bfloat16 on the CPU, and the layout that its convs are quick with."""
-
-        order = 10
-
-        def before_batch(self):
-            self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) for x in self.xb)
-            self.cast = torch.autocast("cpu", torch.bfloat16)
-            self.cast.__enter__()
-
-        def after_loss(self):
-            self.cast.__exit__(None, None, None)
-
-    class TestAtTheEnd(Callback):
-        def before_validate(self):
-            if self.epoch < self.n_epoch - 1:
-                raise CancelValidException
-
-    torch.manual_seed(seed)
-    data = cifar(args.data / "cifar10", args.images)
-    dls = loaders(data, args.batch)
-    model = pretrained(20, args.data / "weights").to(memory_format=torch.channels_last)
-    dense, x = copy.deepcopy(model), data[0][0][:2]
-    learn = Learner(
-        dls, model, nn.CrossEntropyLoss(), metrics=accuracy, opt_func=SGD, wd=5e-4, moms=(0.9,) * 3
-    )
-    learn.logger = lambda _: None
-    extra = [Augment(), HalfPrecision(), TestAtTheEnd()]
-    if arm["distilled"]:
-        extra.append(DistillCallback(fold_batchnorm(dense, x)))
-    begin = time.perf_counter()
-    epochs = args.epochs
-    with learn.no_bar(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = arm["criterion"].startswith("torch-pruning")
-        if arm["way"] in ("slimming", "sparse"):
-            regular = (
-                sparse_learning(learn.model, x, arm)
-                if theirs
-                else RegularizeCallback(1e-4, "slimming")
-            )
-            epochs = args.epochs // 2
-            learn.fit_flat_cos(epochs, args.lr, cbs=[*extra, regular])
-            epochs = args.epochs - epochs
-        cbs = (cut_by_peer if theirs else cut)(arm, share, learn, x)
-        learn.fit_one_cycle(epochs, args.lr, pct_start=0.1, cbs=[*extra, *cbs])
+    learn = learner(20, args.data, args.images, args.batch, seed)
+    dense = copy.deepcopy(learn.model)
+    x = learn.dls.train_ds[:2][0]
+    extra = [DistillCallback(fold_batchnorm(dense, x))] if arm["distilled"] else []
+    begin, epochs = time.perf_counter(), args.epochs
+    theirs = arm["criterion"].startswith("torch-pruning")
+    if arm["way"] in ("slimming", "sparse"):
+        some = epochs // 2
+        penalty = sparse_learning if theirs else lambda *_: RegularizeCallback(1e-4, "slimming")
+        tune(learn, some, args.lr, [*extra, penalty(learn.model, x, arm)], flat=True)
+        epochs -= some
+    cbs = (cut_by_peer if theirs else cut)(arm, share, learn, x)
+    accuracy = tune(learn, epochs, args.lr, [*extra, *cbs])
     seconds = time.perf_counter() - begin
-    column = list(learn.recorder.metric_names).index("accuracy") - 1  # values have no epoch
-    model = learn.model  # a peer's is another one
-    left = macs(model, x)[""] / macs(dense, x)[""]
     return {
-        "accuracy": learn.recorder.values[-1][column],
-        "macs": left,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "accuracy": accuracy,
+        "macs": macs(learn.model, x)[""] / macs(dense, x)[""],
+        "parameters": sum(p.numel() for p in learn.model.parameters()),
         "seconds": round(seconds, 1),
     }
 
@@ -222,46 +175,28 @@ def sparse_learning(model, x, arm: dict):
 RESIDUAL = [f"layer{i}.{j}.conv2" for i in (1, 2, 3) for j in range(3)]
 
 
-def child(arm, share, seed, args, send):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    try:
-        found = run(arm, share, seed, args)
-    except Exception as error:  # a line of its own, and the next arm
-        found = {"error": f"{type(error).__name__}: {error}"[:300]}
-    send.send(found)
-
-
-def alone(*job) -> dict:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cifar", "fasterai.all"])
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(*job, send))
-    process.start()
-    send.close()
-    try:
-        return receive.recv()
-    except EOFError:
-        return {"error": "died"}
-    finally:
-        process.join()
-
-
 def table(lines: list[dict]) -> pd.DataFrame:
-    """Accuracy in percent by arm and share, the mean over seeds."""
+    """Accuracy in percent by arm and share, the mean over seeds, the best first."""
     found = pd.DataFrame([line for line in lines if "accuracy" in line])
     found["accuracy"] *= 100
-    rows = ["criterion", "context", "way", "distilled", "inner"]
-    return found.pivot_table("accuracy", rows, "share").sort_index(axis=1, ascending=False)
+    found["arm"] = [named(line) for line in lines if "accuracy" in line]
+    found = found.pivot_table("accuracy", "arm", "share").sort_index(axis=1, ascending=False)
+    return found.sort_values(list(found.columns), ascending=False)
+
+
+def show(found: pd.DataFrame) -> None:
+    print(f"| arm | {' | '.join(f'{share:.0%} of the MACs' for share in found.columns)} |")
+    print("| --- " * (1 + len(found.columns)) + "|")
+    for name, row in found.iterrows():
+        print(f"| {name} | {' | '.join('' if pd.isna(x) else f'{x:.1f}%' for x in row)} |")
 
 
 def picture(lines: list[dict], file: Path) -> None:
     """A row an arm, the best at the top; a mark for each share of the MACs."""
     import matplotlib.pyplot as plt
 
-    found = table(lines)
-    found = found.sort_values(found.columns[0])
-    names = [named(dict(zip(found.index.names, row, strict=True))) for row in found.index]
+    found = table(lines)[::-1]
+    names = found.index
     _, ax = plt.subplots(figsize=(7, 1.2 + 0.22 * len(names)), layout="constrained")
     for share, marker, colour in zip(
         found.columns, "os^", ("#0072B2", "#D55E00", "#555555"), strict=False
@@ -295,28 +230,18 @@ def main():
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no arm after that")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "accuracy.jsonl")
     args = parser.parse_args()
-    args.out.parent.mkdir(exist_ok=True)
-    lines = [json.loads(line) for line in args.out.open()] if args.out.exists() else []
-    machine = f"{platform.machine()}, torch {torch.__version__}, 1 thread"
+    lines = Lines(args.out)
     budget = {k: getattr(args, k) for k in ("epochs", "images", "batch", "lr")}
-    key = ["criterion", "context", "way", "distilled", "inner", "share", "seed", *budget]
-    done = {tuple(line[k] for k in key) for line in lines}
     begin = time.monotonic()
     for seed in args.seeds:
-        for kind in args.arms:
-            for each in arms(kind):
-                for share in args.macs:
-                    line = {**each, "share": share, "seed": seed, **budget}
-                    if tuple(line[k] for k in key) in done:
-                        continue
-                    if time.monotonic() - begin > 60 * args.minutes:
-                        break
-                    line |= {**alone(each, share, seed, args), "machine": machine}
-                    lines.append(line)
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-    print(table(lines).round(2).to_string())
-    picture(lines, args.out.with_suffix(".png"))
+        for each in (one for kind in args.arms for one in arms(kind)):
+            for share in args.macs:
+                job = {**each, "share": share, "seed": seed, **budget}
+                if not lines.has(job) and time.monotonic() - begin < 60 * args.minutes:
+                    lines.add({**job, **alone(run, each, share, seed, args)})
+    found = [line for line in lines if budget.items() <= line.items()]
+    show(table(found))
+    picture(found, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

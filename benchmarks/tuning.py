@@ -48,12 +48,15 @@ def learner(depth: int, data: Path, images: int, batch: int, seed: int) -> Learn
     return learn
 
 
-def tune(learn: Learner, epochs: int, lr: float, cbs=()) -> float:
-    """Train by one cycle; returns the accuracy on the test images."""
+def tune(learn: Learner, epochs: int, lr: float, cbs=(), *, flat=False) -> float:
+    """Train by one cycle, or at a flat rate; returns the accuracy on the test images."""
     from fastai.callback import schedule  # noqa: F401  (patches Learner)
 
     with learn.no_bar(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        learn.fit_one_cycle(epochs, lr, pct_start=0.1, cbs=list(cbs))
+        if flat:
+            learn.fit_flat_cos(epochs, lr, cbs=list(cbs))
+        else:
+            learn.fit_one_cycle(epochs, lr, pct_start=0.1, cbs=list(cbs))
     column = list(learn.recorder.metric_names).index("accuracy") - 1  # values have no epoch
     return learn.recorder.values[-1][column]
