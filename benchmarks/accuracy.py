@@ -205,7 +205,7 @@ def picture(lines: list[dict], file: Path) -> None:
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.grid(axis="x", color="#DDDDDD")
     ax.set(xlabel="accuracy, %", title="CIFAR-10, ResNet-20: accuracy after the same training")
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="lower right")
     ax.figure.savefig(file, dpi=110)
 
 
