@@ -52,6 +52,7 @@ def arms(kind: str) -> list[dict]:
     return [arm(c, context, inner=True) for c in ("large_final", "taylor_maps") for context in both]
 
 
+KINDS = ["ways", "labels", "peers", "criteria", "inner"]
 WAYS = "one shot", "gradual", "iterative", "slimming"
 PEERS = {"L1": "one shot", "Taylor": "one shot", "BN scale": "sparse", "group norm": "sparse"}
 
@@ -81,6 +82,7 @@ def run(arm: dict, share: float, seed: int, args: argparse.Namespace) -> dict:
         tune(learn, some, args.lr, [*extra, penalty(learn.model, x, arm)], flat=True)
         epochs -= some
     cbs = (cut_by_peer if theirs else cut)(arm, share, learn, x)
+    learn.opt = None  # it knows the dense network
     accuracy = tune(learn, epochs, args.lr, [*extra, *cbs])
     seconds = time.perf_counter() - begin
     return {
@@ -127,9 +129,7 @@ def peer_of(model, x, arm: dict, ratio: float = 0.5):
         "BN scale": (made.BNScalePruner, how.BNScaleImportance),
         "group norm": (made.GroupNormPruner, lambda: how.GroupMagnitudeImportance(p=2)),
     }[arm["criterion"].removeprefix("torch-pruning, ")]
-    more = {"reg": 1e-4} if arm["way"] == "sparse" else {}  # as in its examples
-    ignored = [model.linear]
-    return kind(model, x, importance(), pruning_ratio=ratio, ignored_layers=ignored, **more)
+    return kind(model, x, importance(), pruning_ratio=ratio, ignored_layers=[model.linear])
 
 
 def cut_by_peer(arm: dict, share: float, learn, x) -> list:
@@ -152,7 +152,6 @@ def cut_by_peer(arm: dict, share: float, learn, x) -> list:
         else:
             high, learn.model = ratio, tried
     learn.model.zero_grad()
-    learn.opt = None
     return []
 
 
@@ -220,7 +219,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="has cifar10/ and weights/")
-    parser.add_argument("--arms", nargs="+", default=["criteria", "ways", "labels", "inner"])
+    parser.add_argument(
+        "--arms", nargs="+", default=["ways", "labels", "peers", "criteria", "inner"]
+    )
     parser.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.3, 0.2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=3)

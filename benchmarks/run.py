@@ -50,7 +50,7 @@ ALL = [
     Benchmark("sparse_execution", None, ""),
     Benchmark("prune_while_training", "--images 512 --epochs 3 --sparsity 0 0.5", "", "?cifar10"),
     Benchmark("criteria", "--images 100", "", "."),
-    Benchmark("accuracy", None, "--arms ways labels criteria inner peers", "."),
+    Benchmark("accuracy", None, "", "."),
     Benchmark("unstructured", None, "", "."),
     Benchmark("cats_and_dogs", None, "", "."),
     Benchmark("deploy", None, "", "cats_vs_dogs"),

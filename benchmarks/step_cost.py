@@ -21,8 +21,9 @@ import sys
 import time
 from pathlib import Path
 
+from arms import FORMER, install_former
+
 HERE = Path(__file__).parent
-PEER = HERE / "out" / "fasterai-0.4.1"
 STEPS = 6
 FIT_STEPS = 20  # a fit begins by looking at the model once
 
@@ -130,7 +131,7 @@ def fit(arm, model, x, y):
             span = agp.over(start=0.0, end=1.0)
             callbacks = [SparsifyCallback((0.0, 0.5), "weight", "global", schedule=span)]
         elif arm != "fit":
-            sys.path.insert(0, str(PEER))
+            sys.path.insert(0, str(FORMER))
             from fasterai.sparse.sparsify_callback import SparsifyCallback
 
             from fasterai.core.criteria import large_final
@@ -161,7 +162,7 @@ def serve(arm):
 
 def start(arm):
     root = str(HERE.parent)
-    env = {**os.environ, "PYTHONPATH": str(PEER) if "0.4.1" in arm else root}
+    env = {**os.environ, "PYTHONPATH": str(FORMER) if "0.4.1" in arm else root}
     command = [sys.executable, "-W", "ignore", __file__, "--serve", arm]
     process = subprocess.Popen(
         command,
@@ -180,12 +181,6 @@ def ask(process):
     return float(process.stdout.readline())
 
 
-def install_peer():
-    if not PEER.exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-        subprocess.run([*command, str(PEER), "fasterai==0.4.1", "einops"], check=False)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -198,7 +193,7 @@ def main():
         return serve(args.serve)
     import torch
 
-    install_peer()
+    install_former()
     running = {arm: start(arm) for arm in ARMS}
     taken = {arm: [] for arm, process in running.items() if process}
     for _ in range(args.rounds):

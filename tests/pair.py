@@ -58,12 +58,12 @@ class Pair:
     def _start(self):
         context, self.starts = mp.get_context("spawn"), self.starts + 1
         for rank in range(2):
-            here, there = context.Pipe()
+            ours, theirs = context.Pipe()
             where = f"file://{self.folder}/store{self.starts}"
-            given = rank, where, self.backend, there
+            given = rank, where, self.backend, theirs
             process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
-            self.running.append((process, here))
+            self.running.append((process, ours))
         if not all(pipe.poll(START) and pipe.recv() for _, pipe in self.running):
             self.stop()
             raise TimeoutError("the processes do not start")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -232,13 +233,14 @@ class Clock:
         (lambda turn, state: 1, 5),
         (lambda turn, state: 3 if turn > 2 else 1, 5),  # both, for long
         (lambda turn, state: 1 + 2 * (turn == 1 and state == 0), 5),  # one of them, once
+        (lambda turn, state: 1 if (turn, state) == (0, 1) else 3, 5),  # one moment of quiet
         (lambda turn, state: 1 + 2 * (turn in (0, 2, 3) and state == 1), None),  # nearly always
     ],
 )
 def test_what_disturbs_the_machine_does_not_count(monkeypatch, slower, turns):
     clock = Clock(slower)
     monkeypatch.setattr(latency, "_timer", clock)
-    states = [latency.nullcontext] * 2
+    states = [nullcontext] * 2
     pruner = Pruner(make(Residual), images())
     first, second = latency.alternating(pruner.model, pruner.inputs, 1, states)
     assert second / first == pytest.approx(0.4)
