@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import platform
 from contextlib import nullcontext
 
 import pytest
@@ -15,6 +17,7 @@ from fasterai.coupling.run import run_shapes
 from fasterai.measure import latency
 from fasterai.measure.costs import Costs
 from fasterai.measure.latency import LatencyTable, latency_of_widths
+from fasterai.measure.memory import freed_memory_kept
 from fasterai.measure.profile import macs
 from fasterai.prune import timed
 from fasterai.prune.budget import UnreachableTarget
@@ -245,3 +248,25 @@ def test_what_disturbs_the_machine_does_not_count(monkeypatch, slower, turns):
     first, second = latency.alternating(pruner.model, pruner.inputs, 1, states)
     assert second / first == pytest.approx(0.4)
     assert clock.calls == 2 * turns if turns else clock.calls > 10
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_pages_are_got_once_while_networks_are_timed(monkeypatch):
+    resource = pytest.importorskip("resource")
+    for name in [n for n in os.environ if n.startswith(("MALLOC_", "GLIBC_TUN"))]:
+        monkeypatch.delenv(name)
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(2**26, dtype=torch.uint8).fill_(1)  # 32 pages, or more
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    few = 20
+    assert faults() + faults() > few
+    with freed_memory_kept():
+        faults()
+        assert faults() + faults() < few
+    assert faults() + faults() > few
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # whoever sets limits keeps them
+    with freed_memory_kept():
+        assert faults() + faults() > few

@@ -25,7 +25,7 @@ from torch.utils.benchmark import Timer
 from ..coupling.inputs import Inputs, map_tensors, operands_in, run_quietly
 from ..coupling.units import Axis, Coupling
 from .costs import Width, products, widths_seen
-from .memory import keep_freed_memory
+from .memory import freed_memory_kept
 
 __all__ = ["LatencyTable", "alternating", "latency_of_widths"]
 
@@ -54,7 +54,6 @@ class LatencyTable:
     def __init__(
         self, threads: int, device: torch.device, file: str | os.PathLike[str] | None = None
     ) -> None:
-        keep_freed_memory()
         self.threads, self.device = threads, device
         self.file = None if file is None else Path(file)
         if self.file is not None and self.file.exists():
@@ -91,6 +90,7 @@ class LatencyTable:
         return torch.zeros(x.shape, dtype=x.dtype, device=self.device)
 
 
+@freed_memory_kept()
 def latency_of_widths(
     model: nn.Module,
     inputs: Inputs,
@@ -138,6 +138,7 @@ def latency_of_widths(
     return terms, _fast_step(heavy)
 
 
+@freed_memory_kept()
 def alternating(
     model: nn.Module,
     inputs: Inputs,
@@ -162,7 +163,6 @@ def alternating(
         seconds: spent on each state in a turn.
         limit: begin no turn after so many seconds, but for the first three.
     """
-    keep_freed_memory()
     turns: list[list[float]] = []
     begin = time.monotonic()
     while len(turns) < _TURNS[0] or not _settled(np.array(turns)):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,18 +15,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..coupling.inputs import Inputs, run_quietly, tensors_in
 
-__all__ = ["keep_freed_memory", "peak_bytes"]
+__all__ = ["freed_memory_kept", "peak_bytes"]
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # <malloc.h>
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep freed memory of up to 32 MB, before anything is timed.
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Let the C library keep the memory that is freed, while networks are timed.
 
-    glibc gives it back to the system until a tensor of that size was freed once (mallopt(3),
-    M_MMAP_THRESHOLD), and a forward of MobileNetV2 spends a quarter of its time on getting its
-    pages anew. Sooner or later a process passes that point, and ratios to what was timed before
-    are wrong then. Elsewhere nothing happens.
+    glibc takes tensors above 32 MB, and smaller ones at first, from the system and gives them back
+    (mallopt(3)), so that each forward gets its pages anew: half of the time of MobileNetV2 for 16
+    images, where a tensor is just above that size, and nothing where a narrower one is just below.
+    What servers use instead, jemalloc or tcmalloc, keeps them, as other systems do. Afterwards
+    memory is given back, and the limits are those that glibc comes to by itself, 32 and 64 MB.
     """
-    torch.empty(2**25 - 2**14, dtype=torch.uint8)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUN")) for name in os.environ):
+        yield  # another library, or limits of the user's own
+        return
+    mallopt(_MMAP_MAX, 0)
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_MAX, 2**16)
+        mallopt(_MMAP_THRESHOLD, 2**25)
+        mallopt(_TRIM_THRESHOLD, 2**26)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_bytes(model: nn.Module, inputs: Inputs) -> int | None:

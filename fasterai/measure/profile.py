@@ -12,7 +12,7 @@ from torch.utils.benchmark import Measurement, Timer
 
 from ..coupling.inputs import Inputs, run_quietly
 from .counts import counts, macs, numbers_needed
-from .memory import keep_freed_memory, peak_bytes
+from .memory import freed_memory_kept, peak_bytes
 from .sizes import gzip_bytes, saved_bytes, sparse_bytes
 
 __all__ = ["compare", "macs", "profile", "saved_bytes"]
@@ -57,7 +57,8 @@ def compare(
         - `bytes`: of the saved state dict; `gzip_bytes`: of it under gzip; `sparse_bytes`: of the
           file that `save_sparse` writes.
         - `batch`, `latency_ms`, `iqr_ms`: the median time of a forward in eval mode and its
-          interquartile range, GPUs synchronised; `samples_per_s`.
+          interquartile range, GPUs synchronised and freed memory kept, as an inference server
+          does (see `freed_memory_kept`); `samples_per_s`.
         - `peak_bytes`: the most that activations take at once in that forward; see `peak_bytes`.
         - `device`, `dtype` of the parameters, `threads`.
         - `uncounted`: operations that may multiply and that `macs` leaves out, by name.
@@ -137,10 +138,10 @@ def _or_na(number: int | None) -> Any:
     return pd.NA if number is None else number
 
 
+@freed_memory_kept()
 def _latency(
     networks: Mapping[str, nn.Module], inputs: Inputs, threads: int, seconds: float
 ) -> dict[str, Measurement]:
-    keep_freed_memory()
     taken: dict[str, list[Measurement]] = {name: [] for name in networks}
     for _ in range(_ROUNDS):
         for name, model in networks.items():
