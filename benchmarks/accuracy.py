@@ -1,11 +1,15 @@
 """Accuracy that is left when a trained network loses MACs: criteria, contexts, ways of going there.
 
-ResNet-20 on CIFAR-10 from pretrained weights. Each arm prunes to the same share of the MACs, trains
+A ResNet on CIFAR-10 from pretrained weights. Each arm prunes to the same share of the MACs, trains
 for the same number of epochs with the same batches, optimizer and learning rates, and is tested. An
 arm runs in a process of its own and leaves a JSON line; arms that have one are not run again.
 
-    python benchmarks/accuracy.py --data FOLDER [--arms criteria ways] [--macs 0.5 0.3 0.2]
-        [--epochs 3] [--images 10000] [--seeds 0] [--minutes 60]
+    python benchmarks/accuracy.py --data FOLDER [--budgets short deep long] [--arms criteria ways]
+        [--macs 0.5 0.3 0.2] [--seeds 0] [--minutes 60]
+
+short: a ResNet-20, few images, many arms. deep: the same for a ResNet-56, at the MACs for which
+papers give accuracies. long: ten epochs of all images. These two run what we advise, and what
+torch-pruning does.
 
 one shot: all units go at once, then all epochs train. gradual: `PruneCallback` with its own
 schedule over the first half. iterative: three cuts over the first 60%. slimming, sparse: the
@@ -47,12 +51,24 @@ def arms(kind: str) -> list[dict]:
         ]
     if kind == "peers":
         return [arm(f"torch-pruning, {name}", "local", way) for name, way in PEERS.items()]
-    if kind == "rates":
-        return [arm("large_final", "local")]
+    if kind == "advice":
+        ours = arm("large_final", "local"), arm("large_final", "global", "gradual")
+        theirs = (
+            arm("torch-pruning, L1", "local"),
+            arm("torch-pruning, group norm", "local", "sparse"),
+        )
+        return [*ours, *theirs]
     return [arm(c, context, inner=True) for c in ("large_final", "taylor_maps") for context in both]
 
 
 KINDS = ["ways", "labels", "peers", "criteria", "inner"]
+SHORT = {"depth": 20, "epochs": 3, "images": 10000, "batch": 128, "lr": 0.1}
+LONG = SHORT | {"epochs": 10, "images": 50000}
+BUDGETS = {  # how to train, which arms, which shares of the MACs
+    "short": (SHORT, KINDS, [0.5, 0.3, 0.2]),
+    "deep": (SHORT | {"depth": 56}, ["advice"], [1 / 2.11, 1 / 2.57]),
+    "long": (LONG, ["advice"], [0.5]),
+}
 WAYS = "one shot", "gradual", "iterative", "slimming"
 PEERS = {"L1": "one shot", "Taylor": "one shot", "BN scale": "sparse", "group norm": "sparse"}
 
@@ -61,35 +77,36 @@ def arm(criterion, context, way="one shot", *, distilled=True, inner=False) -> d
     return dict(criterion=criterion, context=context, way=way, distilled=distilled, inner=inner)
 
 
-def run(arm: dict, share: float, seed: int, args: argparse.Namespace) -> dict:
+def run(arm: dict, share: float, seed: int, budget: dict, data: Path) -> dict:
     """Prune to a share of the MACs, train, test."""
-    from tuning import learner, tune
+    from tuning import learner, quick_type, tune
 
     from fasterai.deploy.fold import fold_batchnorm
     from fasterai.distill.callback import DistillCallback
     from fasterai.measure.profile import macs
     from fasterai.regularize.callback import RegularizeCallback
 
-    learn = learner(20, args.data, args.images, args.batch, seed)
+    learn = learner(budget["depth"], data, budget["images"], budget["batch"], seed)
     dense = copy.deepcopy(learn.model)
     x = learn.dls.train_ds[:2][0]
     extra = [DistillCallback(fold_batchnorm(dense, x))] if arm["distilled"] else []
-    begin, epochs = time.perf_counter(), args.epochs
+    begin, epochs, lr = time.perf_counter(), budget["epochs"], budget["lr"]
     theirs = arm["criterion"].startswith("torch-pruning")
     if arm["way"] in ("slimming", "sparse"):
         some = epochs // 2
         penalty = sparse_learning if theirs else lambda *_: RegularizeCallback(1e-4, "slimming")
-        tune(learn, some, args.lr, [*extra, penalty(learn.model, x, arm)], flat=True)
+        tune(learn, some, lr, [*extra, penalty(learn.model, x, arm)], flat=True)
         epochs -= some
     cbs = (cut_by_peer if theirs else cut)(arm, share, learn, x)
     learn.opt = None  # it knows the dense network
-    accuracy = tune(learn, epochs, args.lr, [*extra, *cbs])
+    accuracy = tune(learn, epochs, lr, [*extra, *cbs])
     seconds = time.perf_counter() - begin
     return {
         "accuracy": accuracy,
         "macs": macs(learn.model, x)[""] / macs(dense, x)[""],
         "parameters": sum(p.numel() for p in learn.model.parameters()),
         "seconds": round(seconds, 1),
+        "type": str(quick_type()).removeprefix("torch."),
     }
 
 
@@ -103,7 +120,8 @@ def cut(arm: dict, share: float, learn, x) -> list:
     from fasterai.prune.pruner import Pruner
 
     criterion = getattr(of_data, arm["criterion"], None) or getattr(of_weights, arm["criterion"])
-    exclude = ["conv1", *RESIDUAL] if arm["inner"] else []
+    exclude = [n for n, _ in learn.model.named_modules() if n == "conv1" or n.endswith(".conv2")]
+    exclude = exclude if arm["inner"] else []
     scored = criterion
     if arm["criterion"].startswith("taylor") and arm["way"] in ("one shot", "slimming"):
         scored = of_data.score(
@@ -171,30 +189,36 @@ def sparse_learning(model, x, arm: dict):
     return SparseLearning()
 
 
-RESIDUAL = [f"layer{i}.{j}.conv2" for i in (1, 2, 3) for j in range(3)]
-
-
 def table(lines: list[dict]) -> pd.DataFrame:
-    """Accuracy in percent by arm and share, the mean over seeds, the best first."""
-    found = pd.DataFrame([line for line in lines if "accuracy" in line])
+    """Accuracy in percent by arm and share: the mean over seeds, the best first, and its range."""
+    found = pd.DataFrame(lines)
     found["accuracy"] *= 100
-    found["arm"] = [named(line) for line in lines if "accuracy" in line]
-    found = found.pivot_table("accuracy", "arm", "share").sort_index(axis=1, ascending=False)
-    return found.sort_values(list(found.columns), ascending=False)
+    found["arm"] = [named(line) for line in lines]
+    found = found.pivot_table("accuracy", "arm", "share", aggfunc=["mean", "min", "max"])
+    found = found.sort_index(axis=1, ascending=False, level=1)
+    return found.sort_values([("mean", share) for share in found["mean"]], ascending=False)
 
 
 def show(found: pd.DataFrame) -> None:
-    print(f"| arm | {' | '.join(f'{share:.0%} of the MACs' for share in found.columns)} |")
-    print("| --- " * (1 + len(found.columns)) + "|")
+    shares = list(found["mean"])
+    print(f"| arm | {' | '.join(f'{share:.0%} of the MACs' for share in shares)} |")
+    print("| --- " * (1 + len(shares)) + "|")
     for name, row in found.iterrows():
-        print(f"| {name} | {' | '.join('' if pd.isna(x) else f'{x:.1f}%' for x in row)} |")
+        cells = [cell(*(row[what, share] for what in ("mean", "min", "max"))) for share in shares]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
-def picture(lines: list[dict], file: Path) -> None:
+def cell(mean: float, low: float, high: float) -> str:
+    if pd.isna(mean):
+        return ""
+    return f"{mean:.1f}%" + (f" ({low:.1f} to {high:.1f})" if high > low else "")
+
+
+def picture(found: pd.DataFrame, title: str, file: Path) -> None:
     """A row an arm, the best at the top; a mark for each share of the MACs."""
     import matplotlib.pyplot as plt
 
-    found = table(lines)[::-1]
+    found = found["mean"][::-1]
     names = found.index
     _, ax = plt.subplots(figsize=(7, 1.2 + 0.22 * len(names)), layout="constrained")
     for share, marker, colour in zip(
@@ -203,7 +227,7 @@ def picture(lines: list[dict], file: Path) -> None:
         ax.plot(found[share], range(len(names)), marker, color=colour, label=f"{share:.0%} of MACs")
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.grid(axis="x", color="#DDDDDD")
-    ax.set(xlabel="accuracy, %", title="CIFAR-10, ResNet-20: accuracy after the same training")
+    ax.set(xlabel="accuracy, %", title=title)
     ax.legend(fontsize=8, loc="lower right")
     ax.figure.savefig(file, dpi=110)
 
@@ -219,30 +243,40 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="has cifar10/ and weights/")
-    parser.add_argument(
-        "--arms", nargs="+", default=["ways", "labels", "peers", "criteria", "inner"]
-    )
-    parser.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.3, 0.2])
+    parser.add_argument("--budgets", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
+    parser.add_argument("--arms", nargs="+", help="instead of those of the budget")
+    parser.add_argument("--macs", type=float, nargs="+", help="the same")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--images", type=int, default=10000)
-    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no arm after that")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "accuracy.jsonl")
     args = parser.parse_args()
     lines = Lines(args.out)
-    budget = {k: getattr(args, k) for k in ("epochs", "images", "batch", "lr")}
     begin = time.monotonic()
-    for seed in args.seeds:
-        for each in (one for kind in args.arms for one in arms(kind)):
-            for share in args.macs:
-                job = {**each, "share": share, "seed": seed, **budget}
-                if not lines.has(job) and time.monotonic() - begin < 60 * args.minutes:
-                    lines.add({**job, **alone(run, each, share, seed, args)})
-    found = [line for line in lines if budget.items() <= line.items()]
-    show(table(found))
-    picture(found, args.out.with_suffix(".png"))
+    for name in args.budgets:
+        budget, kinds, shares = BUDGETS[name]
+        budget = budget | {"lr": args.lr}
+        wanted = [one for kind in args.arms or kinds for one in arms(kind)]
+        for seed, each, share in itertools.product(args.seeds, wanted, args.macs or shares):
+            job = {**each, "share": share, "seed": seed, **budget}
+            if not lines.has(job) and time.monotonic() - begin < 60 * args.minutes:
+                lines.add({**job, **alone(run, each, share, seed, budget, args.data)})
+    report(lines, args.out)
+
+
+def report(lines: list[dict], file: Path) -> None:
+    """A table for each way of training, and a picture of the first."""
+    kinds = {}
+    for line in lines:
+        if "accuracy" in line:
+            kinds.setdefault(tuple(line[k] for k in SHORT), []).append(line)
+    for (depth, epochs, images, batch, lr), own in kinds.items():
+        trained = f"{epochs} epochs of {images:,} images in batches of {batch}, rate {lr}"
+        print(f"\nResNet-{depth}, {trained}\n")
+        show(table(own))
+        if (depth, epochs, images, batch, lr) == tuple(SHORT.values()):
+            title = "CIFAR-10, ResNet-20: accuracy after the same training"
+            picture(table(own), title, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

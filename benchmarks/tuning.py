@@ -14,14 +14,22 @@ from fastai.optimizer import SGD
 from torch import nn
 
 
-class HalfPrecision(Callback):
-    """bfloat16 on the CPU, and the layout that its convs are quick with."""
+def quick_type() -> torch.dtype:
+    """bfloat16 on CPUs that multiply it; others take ten times as long for it as for float32."""
+    can = torch.cpu.get_capabilities()
+    quick = any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if quick else torch.float32
+
+
+class QuickConvs(Callback):
+    """The type and the layout that the CPU's convs are quick with."""
 
     order = 10
 
     def before_batch(self):
         self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) for x in self.xb)
-        self.cast = torch.autocast("cpu", torch.bfloat16)
+        dtype = quick_type()
+        self.cast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
         self.cast.__enter__()
 
     def after_loss(self):
@@ -43,7 +51,7 @@ def learner(depth: int, data: Path, images: int, batch: int, seed: int) -> Learn
     model = pretrained(depth, data / "weights").to(memory_format=torch.channels_last)
     how = dict(metrics=accuracy, opt_func=SGD, wd=5e-4, moms=(0.9,) * 3)
     learn = Learner(dls, model, nn.CrossEntropyLoss(), **how)
-    learn.add_cbs([Augment(), HalfPrecision(), TestAtTheEnd()])
+    learn.add_cbs([Augment(), QuickConvs(), TestAtTheEnd()])
     learn.logger = lambda _: None
     return learn
 

@@ -107,10 +107,11 @@ def queues_of(
         order = scores.argsort(stable=True)
         own = float(scores.min()) if relative and len(scores) else least
         values = scores[order] - min(own, 0.0)  # nothing is worth less than nothing
+        layers = 1 if criterion.reduce == "sum" else len(axis.having(PRODUCE))
         if not relative:
-            values = values * units.shape[1]  # of all units of a bundle
+            values = values * units.shape[1] * layers  # of all units of a bundle, in all layers
         cumulated = [0.0, *accumulate(values.tolist())]
-        weight = len(axis.having(PRODUCE)) if relative else None
+        weight = layers if relative else None
         queues.append(Queue(units[order], cumulated, weight, allowed, must))
     return queues
 
