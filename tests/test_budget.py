@@ -235,6 +235,28 @@ def test_what_is_chosen_is_least_important_for_what_it_costs():
         assert (model.a.out_channels, model.b.out_channels) == (4, 8)
 
 
+def test_a_unit_counts_once_for_each_layer_that_makes_it():
+    """A sum of three layers costs three times as much as one layer alone, and is worth as much."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.summed = nn.ModuleList(conv(3, 8) for _ in range(3))
+            self.alone, self.c, self.d = conv(3, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+        def forward(self, x):
+            summed = sum(layer(x) for layer in self.summed)
+            return self.c(summed.mean((2, 3))) + self.d(self.alone(x).mean((2, 3)))
+
+    model = Sum()
+    dense, unit = macs(model, images())[""], 3 * 9 * 16 * 16 + 2
+    criterion = Criterion(torch.ones_like, norm="none")
+    target = Target(macs=dense - 4 * unit)
+    Pruner(model, images()).prune_model(target, context="global", criteria=criterion)
+    widths = [layer.out_channels for layer in (*model.summed, model.alone)]
+    assert widths == [8, 8, 8, 4]
+
+
 def test_whatever_the_scores_are():
     for criterion in (
         small_final,
