@@ -5,6 +5,8 @@ helped: it is told which layers make the outputs, and how many heads attention l
     python benchmarks/coverage.py [--libraries fastai torchvision timm transformers]
         [--networks resnet18 ...] [--checks ranked exact peer] [--seconds 300] [--out lines.jsonl]
 
+What is in the file already is not run again, but where time ran out.
+
 ranked: `prune_model(0.5)` removes half of every axis that is not pinned, at least 5% of the
 parameters; the eval outputs keep their shapes; another batch trains. exact: half of every free
 axis is zeroed under random norm statistics and removed; how far outputs are apart, float64.
@@ -17,9 +19,11 @@ import multiprocessing
 import resource
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import zoo
+from arms import HERE
 from torch import nn
 
 from fasterai.coupling.inputs import tensors_in
@@ -197,6 +201,7 @@ def peer(library, name):
     }
 
 
+OUT_OF_TIME = {"ok": False, "error": "out of time"}
 CHECKS = {"ranked": ranked, "exact": exact, "peer": peer}
 
 
@@ -236,7 +241,7 @@ def run(jobs, seconds, gigabytes, workers, out):
             late = time.monotonic() - begin > seconds
             if not (receive.poll() or late or not process.is_alive()):
                 continue
-            result = {"ok": False, "error": "out of time" if late else "died"}
+            result = OUT_OF_TIME if late else {"ok": False, "error": "died"}
             try:
                 if receive.poll():
                     result = receive.recv()
@@ -262,25 +267,40 @@ def table(found):
             print(f"- {f['check']} {f['library']} {f['network']}: {f.get('error') or f}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def measure(about, checks, name):
+    """What the command line asks for, and a table."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--libraries", nargs="+", default=list(zoo.LIBRARIES))
     parser.add_argument("--networks", nargs="+")
-    parser.add_argument("--checks", nargs="+", default=list(CHECKS))
+    parser.add_argument("--checks", nargs="+", default=checks)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--gigabytes", type=float, default=24)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", default="coverage.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / f"{name}.jsonl")
     args = parser.parse_args()
+    how = {"seconds": args.seconds, "gigabytes": args.gigabytes, "workers": args.workers}
     found = []
-    with open(args.out, "a") as out:
-        for library in args.libraries:
-            zoo.preload(library)
-            names = args.networks or zoo.names(library)
-            jobs = [(check, library, name) for name in names for check in args.checks]
-            found += run(jobs, args.seconds, args.gigabytes, args.workers, out)
+    for library in args.libraries:
+        found += trips(library, args.networks or zoo.names(library), args.checks, args.out, **how)
     table(found)
 
 
+def trips(library, names, checks, file, seconds=300, gigabytes=24, workers=2):
+    """A line for each check of each network, those that the file knows and those that are new."""
+    jobs = [(check, library, name) for name in names for check in checks]
+    lines = file.read_text().splitlines() if file.exists() else []
+    known = {(f["check"], f["library"], f["network"]): f for f in map(json.loads, lines)}
+    jobs_left = [j for j in jobs if known.get(j, OUT_OF_TIME).get("error") == "out of time"]
+    if jobs_left:
+        zoo.preload(library)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as out:
+            for found in run(jobs_left, seconds, gigabytes, workers, out):
+                known[found["check"], found["library"], found["network"]] = found
+    return [known[job] for job in jobs]
+
+
 if __name__ == "__main__":
-    main()
+    measure(__doc__, list(CHECKS), "coverage")

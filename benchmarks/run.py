@@ -40,7 +40,8 @@ class Benchmark:
 ALL = [
     Benchmark("exactness", "--networks resnet18 mobilenet_v2", ""),
     Benchmark("constants", "--networks resnet18 mobilenet_v2", ""),
-    Benchmark("coverage", "--libraries fastai --seconds 60", "--seconds 400"),
+    Benchmark("coverage", "--libraries fastai --seconds 60 --out coverage.jsonl", "--seconds 400"),
+    Benchmark("round_trips", None, "--seconds 600"),
     Benchmark("prune_cost", "--networks resnet50 --depths 20 56", ""),
     Benchmark("select_cost", "--millions 1 10 --rounds 3", ""),
     Benchmark("step_cost", "--rounds 3", ""),

@@ -33,8 +33,8 @@ KNOWN = {
 @pytest.mark.parametrize("library", ["fastai", "torchvision", "timm", "transformers"])
 def test_every_network(library, round_trips, tmp_path):
     pytest.importorskip(library)
-    with (tmp_path / "lines").open("w") as out:
-        found = round_trips.trips(library, round_trips.zoo.names(library), CHECKS, out=out)
+    names = round_trips.zoo.names(library)
+    found = round_trips.coverage.trips(library, names, CHECKS, tmp_path / "lines")
     assert found
     failed = [f for f in found if not f["ok"]]
     assert not [f for f in failed if f["check"] not in KNOWN.get((library, f["network"]), ())]
