@@ -63,6 +63,12 @@ def couple(model: nn.Module, inputs: Inputs, *, whole_heads: bool = False) -> Co
         found.heads = analysis.heads
         analysis = analyse(model, inputs, heads=found.heads)
     coupling = _assemble(model, analysis, found)
+    likely = _packed(coupling)
+    if likely:
+        if not _try(model, inputs, coupling, found, halving=False):
+            return coupling
+        if _tie_together(model, inputs, coupling, likely, found):  # else half a dozen trials later
+            coupling = _assemble(model, analysis, found)
     for _ in range(_ROUNDS):
         failed = _try(model, inputs, coupling, found)
         if not failed:
@@ -107,11 +113,13 @@ def _try(
     coupling: Coupling,
     found: _Found,
     *,
+    halving: bool = True,
     one_by_one: bool = False,
 ) -> dict[int, str]:
     """Why axes cannot be cut, by their place.
 
-    Siblings in repeated layers are tried together, and stand or fall so, unless one by one.
+    Siblings in repeated layers are tried together, and stand or fall so, unless one by one; so do
+    all axes, unless halving.
     """
     generator = torch.Generator().manual_seed(0)
     some = {a: _some(axis, generator) for a, axis in enumerate(coupling.axes) if axis.bundles > 1}
@@ -123,6 +131,9 @@ def _try(
 
     failed: dict[tuple[int, ...], str] = {}
     groups = _siblings(coupling, list(some))
+    if not halving:
+        reason = attempt(groups)
+        return {} if reason is None else dict.fromkeys(some, reason)
     alone = [g for g in groups if whole[coupling.axes[g[0]].classes.numpy()].any()]
     good = settle([], alone, attempt, failed)  # heads are cut without what their layers read
     good = settle(good, [g for g in groups if g not in alone], attempt, failed)
@@ -160,6 +171,21 @@ def _some(axis: Axis, generator: torch.Generator) -> Tensor:
     mark = torch.zeros(axis.size, dtype=torch.bool)
     mark[axis.bundled(order)[:count].flatten()] = True
     return mark
+
+
+def _packed(coupling: Coupling) -> list[tuple[int, ...]]:
+    """Axes with the blocked ones that read them and have one or more times their width: of packed
+    attention, mostly.
+
+    Their code may take the width of its input for its own; see `_tie`.
+    """
+    readers: dict[int, list[int]] = {}
+    for a, axis in enumerate(coupling.axes):
+        if axis.blocks > 1 and axis.bundles > 1:
+            for r in _read_by(coupling, a):
+                if axis.size % coupling.axes[r].size == 0:
+                    readers.setdefault(r, []).append(a)
+    return [(r, *own) for r, own in readers.items()]
 
 
 def _align(coupling: Coupling, failed: dict[int, str], found: _Found) -> bool:
