@@ -525,3 +525,11 @@ def test_a_cut_that_cannot_run_is_found_by_the_trial(monkeypatch):
     model = make(Residual)
     Pruner(model, images()).prune_model(Target(macs=0.5), context="global")
     assert macs(model, images())[""] <= 0.5 * macs(make(Residual), images())[""]
+
+
+def test_the_least_bytes_that_are_said_can_be_reached():
+    model, x = make(Residual), images()
+    with pytest.raises(UnreachableTarget) as raised:
+        Pruner(model, x).plan_for(Target(bytes=1e-9))
+    Pruner(model, x).prune_model(Target(bytes=raised.value.least))
+    assert saved_bytes(model) <= raised.value.least

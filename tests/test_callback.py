@@ -16,7 +16,7 @@ from networks import Residual, conv, make
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fasterai.core.criteria import large_final
+from fasterai.core.criteria import grad_crit, large_final, movement, snip
 from fasterai.core.schedule import (
     SCHEDULES,
     agp,
@@ -28,6 +28,7 @@ from fasterai.core.schedule import (
     one_shot,
 )
 from fasterai.prune.pruner import Pruner
+from fasterai.score.criteria import wanda
 from fasterai.sparse.callback import SparsifyCallback
 
 
@@ -195,6 +196,19 @@ def test_initial_sparsity_and_sparsity_by_layer():
     learn = learner()
     learn.fit(1, cbs=SparsifyCallback({"c1": 0.5}, "filter"))
     assert filters_at_zero(learn.model.c1) == 8 and filters_at_zero(learn.model.stem) == 0
+
+
+@pytest.mark.parametrize(
+    "criterion, first", [(large_final, 0), (wanda, 0), (grad_crit, 0), (snip, 0), (movement, 1)]
+)
+def test_the_initial_sparsity_is_there_as_soon_as_there_are_scores(criterion, first):
+    learn, count = learner(), Count()
+    schedule = lin.over(start=5, end=7, every=1)
+    cb = SparsifyCallback((0.5, 0.75), criteria=criterion, schedule=schedule, layers=["c1"])
+    learn.fit(1, cbs=[cb, count])
+    size = learn.model.c1.weight.numel()
+    shares = [zeros / size for zeros in count.zeros]
+    assert shares[:5] == [0.0] * first + [0.5] * (5 - first) and shares[-1] == 0.75
 
 
 CHAIN = agp.over(0.1, 0.4, to=0.5).then(lin.over(0.6, 0.8))

@@ -15,7 +15,7 @@ from fasterai.core.criteria import (
     small_final,
     squared_final,
 )
-from fasterai.core.masks import Limits, apply_masks, as_fraction, lowest, select
+from fasterai.core.masks import Limits, apply_masks, as_fraction, select
 
 # --- criteria ----------------------------------------------------------------------------------
 
@@ -50,6 +50,12 @@ def test_nonsense_scores_are_refused(bad, message):
 
 
 # --- masks -------------------------------------------------------------------------------------
+
+
+def lowest(scores, n):
+    """Marks of the n lowest of all scores, where nothing is held."""
+    held = [torch.zeros_like(s, dtype=torch.bool) for s in scores]
+    return select(scores, n, held=held, limits=Limits(min_keep=0))
 
 
 def brute(scores, n, held):

@@ -209,7 +209,7 @@ def test_the_validation_loss_is_the_plain_one_and_the_teacher_stays_as_it_was():
     assert learn.validate()[0] == pytest.approx(plain, rel=1e-4)
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert watch and not any(watch) and len(watch) == 16  # a run for each training batch
-    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is None for p in teacher.parameters()) and teacher.c1.training
     assert not teacher.c1._forward_hooks and not left_behind(learn)
 
 
@@ -460,6 +460,7 @@ def test_bad_arguments():
         ({"weight": 1.5}, r"weight must be in \[0, 1\], got 1.5"),
         ({"weight": True}, "weight must be"),
         ({"temperature": 0}, "temperature must be above 0"),
+        ({"temperature": math.inf}, "temperature must be above 0 and finite"),
         ({"feature_weight": -1}, "feature_weight must be a number >= 0"),
         ({"match": "maps"}, "'attention' or 'values', got 'maps'"),
         ({"features": "c9"}, "features: the model has no layer 'c9'; did you mean"),

@@ -18,8 +18,10 @@ from fasterai.core.criteria import (
     random_scores,
     updating_movement,
 )
+from fasterai.core.target import Target
 from fasterai.coupling.couple import couple
 from fasterai.coupling.ranking import unit_scores
+from fasterai.prune.amounts import Units
 from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.plan import Plan
 from fasterai.prune.pruner import Pruner
@@ -328,3 +330,73 @@ def test_few_channels_are_left_one_by_one():
         warnings.simplefilter("error")
         pruner.prune_to(1.0)
     assert model[2].weight.shape == (1, 1, 3, 3) and model(images(2, 8)).shape == (2, 4)
+
+
+# --- going on from a plan ------------------------------------------------------------------------
+
+
+def chain():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+@pytest.mark.parametrize("amount", [0.75, Units(20), Target(parameters=250)])
+def test_after_a_layer_was_left_a_single_channel_the_count_goes_on(amount):
+    found, x = [], images()
+    for resume in (False, True):
+        model = chain()
+        with torch.no_grad():
+            model[0].weight[:15] *= 1e-3
+        pruner = GradualPruner(model, x, "global")
+        pruner.prune_to(0.46)
+        assert model[0].out_channels == 1
+        if resume:
+            reached = pruner.reached()
+            pruner = GradualPruner(model, x, "global", after=pruner.history)
+            assert pruner.reached() == reached and pruner.removed == 15
+        pruner.prune_to(amount)
+        found.append((model[0].out_channels, model[2].out_channels))
+        assert len(pruner.history) == 2
+    assert found[0] == found[1]
+
+
+def test_after_a_layer_was_left_a_single_channel_others_go_on_by_name():
+    model, x = chain(), images()
+    pruner = GradualPruner(model, x)
+    pruner.prune_to({"0": 0.99})
+    again = GradualPruner(model, x, after=pruner.whole_plan)
+    again.prune_to({"0": 0.99, "2": 0.5})
+    assert model[2].out_channels == 8
+    with pytest.raises(ValueError, match="a single channel of '0'; ask for a number"):
+        again.prune_to(Target(macs=0.1))
+    with pytest.raises(ValueError, match="no layer '1'"):
+        again.prune_to({"1": 0.5})
+
+
+def test_after_heads_became_narrow_the_count_goes_on():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+
+        def forward(self, x):
+            q, k, v = (
+                f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+            )
+            x = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.o(x.transpose(1, 2).flatten(2))
+
+    found, x = [], torch.randn(2, 5, 64)
+    for resume in (False, True):
+        torch.manual_seed(0)
+        model = Block()
+        pruner = GradualPruner(model, x)
+        pruner.prune_to(13 / 16)  # three are left of each head
+        if resume:
+            reached = pruner.reached()
+            pruner = GradualPruner(model, x, after=pruner.whole_plan)
+            assert pruner.reached() == reached
+        pruner.prune_to(14 / 16)
+        found.append([tuple(p.shape) for p in model.parameters()])
+    assert found[0] == found[1] and found[0][0] == (8, 64)

@@ -4,6 +4,7 @@ import copy
 import json
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -150,12 +151,40 @@ def test_exact_removal_is_in_the_history_and_replays_with_what_it_folds():
     assert torch.equal(pruner.history.replay(dense)(x), model(x))
 
 
+def test_metrics_are_numbers_and_come_together():
+    pruner = Pruner(make(Residual), images())
+    pruner.prune_model(0.25)
+    odd = {"classes": np.ones(3), "none": None, "nan": float("nan"), "text": "0.5"}
+    pruner.note(accuracy=torch.tensor(0.5), **odd)
+    pruner.note(loss=np.float32(2), accuracy=0.75)
+    assert dict(pruner.history.cuts[0].metrics) == {"accuracy": 0.75, "loss": 2.0}
+    assert History.from_json(pruner.history.to_json()) == pruner.history
+
+
+def test_an_interrupt_while_costs_are_counted_loses_no_cut(monkeypatch):
+    model = make(Residual)
+    dense, pruner = copy.deepcopy(model), Pruner(model, images())
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fasterai.prune.pruner.macs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.prune_model(0.25)
+    monkeypatch.undo()
+    pruner.prune_model(0.25)
+    assert len(pruner.history) == 2 and pruner.history.plan == pruner.whole_plan
+    assert shapes(pruner.history.replay(dense)) == shapes(model)
+    assert pruner.history.cuts[0].parameters > pruner.history.cuts[1].parameters == size(model)
+
+
 def test_a_cut_of_nothing_is_no_cut():
     model = make(Residual)
     pruner = Pruner(model, images())
     with pytest.warns(UserWarning, match="nothing was removed"):
         pruner.prune_model()
-    pruner.note(accuracy=1.0)
+    with pytest.raises(RuntimeError, match="no cut to write metrics beside"):
+        pruner.note(accuracy=1.0)
     assert not pruner.history.cuts and pruner.history.table().empty
     with pytest.raises(RuntimeError, match="nothing was cut"):
         pruner.history.plot()

@@ -56,6 +56,17 @@ def test_zeros_stay_and_all_others_learn(granularity, opt_func):
         assert learn.model.c1.weight[zero["c1.weight"]].count_nonzero()
 
 
+@pytest.mark.parametrize("kept", [1, 2, 255, 0.5, True])
+def test_whatever_is_not_zero_in_a_mask_is_kept(kept):
+    learn = learner()
+    before = learn.model.c1.weight.detach().clone()
+    mask = torch.full(before.shape, kept)
+    mask[0] = 0
+    learn.fit(1, 0.0, cbs=KeepZeros({"c1.weight": mask}))
+    assert not learn.model.c1.weight[0].any()
+    assert torch.equal(learn.model.c1.weight[1:], before[1:])
+
+
 def test_nothing_stays_behind_and_the_masks_are_as_large_as_stated(tmp_path):
     keep, sizes = KeepZeros(), []
     learn = learner(path=tmp_path, cbs=keep)

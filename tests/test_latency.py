@@ -1,8 +1,10 @@
 """Budgets of time, with a machine whose times are known: nothing here looks at a clock."""
 
+import copy
 import json
 import math
 import os
+import pickle
 import platform
 from contextlib import nullcontext
 
@@ -142,6 +144,21 @@ def test_what_is_too_fast_is_refused(machine):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_what_was_removed_before_counts_as_the_table_says(machine):
+    machine()
+    model, x = resnet()
+    dense = Pruner(copy.deepcopy(model), x)
+    dense.prune_model(Target(speedup=1.0001))
+    pruner = GradualPruner(model, x)
+    pruner.prune_to(0.5)
+    for again in (pruner, GradualPruner(model, x, after=pruner.whole_plan)):
+        with pytest.raises(UnreachableTarget, match="it allows .* ms") as raised:
+            again.prune_to(Target(speedup=1000))
+        assert pickle.loads(pickle.dumps(raised.value)).least == raised.value.least
+        again.prune_to(Target(speedup=1.5))
+        assert again.budget.dense == pytest.approx(dense.budget.dense, rel=0.02)
+
+
 def test_step_by_step(machine):
     machine()
     model, x = resnet()
@@ -264,8 +281,7 @@ def test_pages_are_got_once_while_networks_are_timed(monkeypatch):
     few = 20
     assert faults() + faults() > few
     with freed_memory_kept():
-        faults()
-        assert faults() + faults() < few
+        assert sorted(faults() for _ in range(9))[4] < few  # the heap has grown as large as it gets
     assert faults() + faults() > few
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # whoever sets limits keeps them
     with freed_memory_kept():

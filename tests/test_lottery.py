@@ -151,6 +151,17 @@ def test_the_ticket_is_what_matters():
     assert good["valid_loss"] < 0.01 < 2 < bad["valid_loss"]
 
 
+def test_a_layer_that_went_as_a_whole_is_empty_in_the_random_mask_too():
+    learn = learner()
+    with torch.no_grad():
+        learn.model.c1.weight.mul_(1e-6)
+    lottery = LotteryTicket(learn, 0.6, "weight", "global", rounds=1, min_keep=0)
+    ticket = lottery.find(1, 1e-9)
+    assert ticket.masks.sparsities["c1.weight"] == 1
+    control = lottery.random_mask(ticket)
+    assert control.masks.sparsities == ticket.masks.sparsities and control.masks != ticket.masks
+
+
 @pytest.mark.parametrize(
     "granularity, context, kwargs",
     [

@@ -381,3 +381,21 @@ def test_layers_of_what_is_no_network():
         compare_layers(make(Plain), "pruned", images())
     with pytest.raises(ValueError, match="could not be run"):
         profile_layers(make(Plain), torch.randn(2, 7))
+
+
+def test_batches_that_cannot_be_made_are_refused():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x, scale):
+            return self.layer(x) * scale
+
+    given = {"a": Two()}, (torch.randn(4, 64), torch.ones(1))
+    assert compare(*given, seconds=0.01).loc["a", "latency_ms"] > 0
+    for batches, why in (([4], "no first dimension of one size"), ([0], "one sample or more")):
+        with pytest.raises(ValueError, match=why):
+            compare(*given, batch_sizes=batches)
+    with pytest.raises(TypeError, match=r"several, as in \[1, 16\], got 4"):
+        compare(*given, batch_sizes=4)

@@ -32,7 +32,10 @@ from torch import nn, optim
 
 from fasterai.core.criteria import grad_crit, large_final, movement, random_scores
 from fasterai.core.schedule import agp, dsd, lin, one_shot
+from fasterai.core.target import Target
 from fasterai.measure.profile import macs
+from fasterai.prune.amounts import Units
+from fasterai.prune.budget import UnreachableTarget
 from fasterai.prune.callback import PruneCallback
 from fasterai.prune.plan import Plan
 from fasterai.prune.pruner import Pruner
@@ -237,6 +240,69 @@ def test_fine_tune_leaves_the_frozen_body_alone_then_prunes_it():
     with pytest.warns(UserWarning, match=r"frozen.*learn\.unfreeze\(\)"):
         learn.fine_tune(2, cbs=[PruneCallback(0.5, schedule=QUICK), seen])
     assert seen.seen[:8] == [16] * 8 and seen.seen[-1] == 8
+
+
+@pytest.mark.parametrize(
+    "asked, context, widths",
+    [
+        (Units(12), "global", None),
+        (Target(macs=0.3), "local", None),
+        ({"c1": 0.5}, "local", 8),
+        ({"fc": 0.5}, "local", 16),
+    ],
+)
+def test_fine_tune_with_every_kind_of_amount(asked, context, widths):
+    """The body is frozen at first; then all that was asked of the whole network is met."""
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c0, self.c1 = conv(3, 16), conv(16, 16)
+
+        def forward(self, x):
+            return self.c1(self.c0(x).relu()).relu().mean((2, 3))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc, self.out = Body(), nn.Linear(16, 20), nn.Linear(20, 4)
+
+        def forward(self, x):
+            return self.out(self.fc(self.body(x)).relu())
+
+    def splitter(m):
+        return [params(m.body), [*params(m.fc), *params(m.out)]]
+
+    torch.manual_seed(0)
+    learn = learner(Net(), splitter=splitter)
+    x = learn.dls.one_batch()[0]
+    dense = macs(learn.model, x)[""]
+    if isinstance(asked, dict):
+        asked = {f"body.{k}" if k == "c1" else k: v for k, v in asked.items()}
+    cb = PruneCallback(asked, context, schedule=QUICK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        learn.fine_tune(2, cbs=[cb])
+    if isinstance(asked, Units):
+        assert cb.removed == 12 and cb.arrived()
+    elif isinstance(asked, Target):
+        assert macs(learn.model, x)[""] <= 0.3 * dense
+    else:
+        assert learn.model.body.c1.out_channels == widths
+        assert learn.model.fc.out_features == (20 if widths == 8 else 10)
+
+
+def test_a_target_that_nothing_can_meet_is_refused_while_frozen():
+    learn = learner(
+        splitter=lambda m: [
+            params(m.stem),
+            [p for n, p in m.named_parameters() if not n.startswith("stem")],
+        ]
+    )
+    learn.freeze_to(1)
+    with warnings.catch_warnings(), pytest.raises(UnreachableTarget, match="cannot be reached"):
+        warnings.simplefilter("ignore")
+        learn.fit(1, cbs=PruneCallback(Target(macs=1e-6)))
 
 
 def test_a_head_is_pruned_while_the_body_is_frozen():

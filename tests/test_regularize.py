@@ -355,3 +355,17 @@ def test_an_exception_leaves_nothing():
     assert [cb for cb in learn.cbs if isinstance(cb, RegularizeCallback)] == []
     assert not any(m._forward_hooks or m._backward_hooks for m in learn.model.modules())
     learn.fit(1, cbs=RegularizeCallback(0.1))
+
+
+@pytest.mark.parametrize("granularity", ["row", "filter"])
+def test_sparse_gradients_of_embeddings(granularity):
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table = nn.Embedding(10, 8, sparse=sparse)
+        model, x = nn.Sequential(table, nn.Linear(8, 3)), torch.tensor([[1, 1, 4], [2, 3, 5]])
+        penalty = GroupLasso(model, granularity, layers=["0"], example_inputs=x)
+        model(x).square().sum().backward()
+        penalty.add_gradient(1e-2)
+        found.append(table.weight.grad)
+    assert torch.equal(*found)

@@ -28,7 +28,7 @@ from fasterai.core.criteria import (
 from fasterai.core.schedule import lin, one_shot
 from fasterai.coupling.couple import couple
 from fasterai.coupling.inputs import Inputs
-from fasterai.coupling.labels import CONSUME, PRODUCE
+from fasterai.coupling.labels import CONSUME, PRODUCE, SCALE, SHIFT
 from fasterai.prune.callback import PruneCallback
 from fasterai.prune.pruner import Pruner
 from fasterai.score import criteria as S
@@ -117,15 +117,18 @@ def test_taylor_of_filters_sums_over_all_that_goes_with_them_before_squaring(kin
     model, x = net(kind), batches()[0][0]
     scored = scores(model, taylor_filter)
     own = [gradients(model, x, y) for x, y in batches()]
+    norms = {k for k, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)}
     for axis in couple(model, Inputs.fitting(model, x)).axes:
         changes = torch.zeros(len(own), axis.size, dtype=torch.float64)
+        behind = {u for s in axis.having(SCALE) if s.module in norms for u in s.unit.tolist()}
+        makers = {s.module for s in axis.having(PRODUCE)}
         for b, g in enumerate(own):
-            for slot in axis.having(PRODUCE):
-                lost = (g[slot.parameter] * model.get_parameter(slot.parameter)).movedim(
-                    slot.dim, 0
-                )
+            for slot in axis.having(PRODUCE, SCALE, SHIFT):
+                lost = g[slot.parameter] * model.get_parameter(slot.parameter)
+                lost = lost.movedim(slot.dim, 0)
                 for i, u in zip(slot.index.tolist(), slot.unit.tolist(), strict=True):
-                    changes[b, u] += lost[i].sum().detach()
+                    if slot.module in (norms if u in behind else makers):
+                        changes[b, u] += lost[i].sum().detach()
         expected = (changes**2).mean(0)
         for slot in axis.having(PRODUCE):
             got = found(scored, model, slot.parameter).movedim(slot.dim, 0)
@@ -133,14 +136,32 @@ def test_taylor_of_filters_sums_over_all_that_goes_with_them_before_squaring(kin
                 close(got[i], expected[u].expand_as(got[i]))
 
 
-def test_coupled_filters_of_a_residual_network_share_their_taylor_score():
-    model = net(Residual)
-    scored = scores(model, taylor_filter, batches(1))
-    g = gradients(model, *batches(1)[0])
-    rows = [(g[k] * weights(model)[k]).sum((1, 2, 3)) for k in ("stem.weight", "c2.weight")]
-    rows.append((g["c3.weight"] * weights(model)["c3.weight"]).sum((1, 2, 3)))
-    for name in ("stem.weight", "c2.weight", "c3.weight"):
-        close(found(scored, model, name)[:, 0, 0, 0], sum(rows) ** 2)
+@pytest.mark.parametrize("training", [False, True])
+def test_coupled_filters_of_a_residual_network_share_their_taylor_score(training):
+    """Gates of 1 behind the norms of what is added, or behind layers that have none."""
+
+    class Gated(nn.Module):
+        def __init__(self, norms):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+            self.na, self.nb = (nn.BatchNorm2d(4) if norms else nn.Identity() for _ in range(2))
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x, gate=1.0):
+            x = self.na(self.a(x)) * gate + self.nb(self.b(x)) * gate
+            return self.head(F.relu(x).mean((2, 3)))
+
+    for norms in (False, True):
+        torch.manual_seed(0)
+        model = Gated(norms).double().train(training)
+        x, y = torch.randn(6, 3, 8, 8).double(), torch.randint(2, (6,))
+        gate = torch.ones(1, 4, 1, 1, dtype=torch.float64, requires_grad=True)
+        copied = copy.deepcopy(model)
+        (g,) = torch.autograd.grad(F.cross_entropy(copied(x, gate), y), gate)
+        how = dict(loss_func=F.cross_entropy, training=training, progress=False)
+        scored = score(model, [(x, y)], taylor_filter, **how)
+        for name in ("a.weight", "b.weight"):
+            close(found(scored, model, name)[:, 0, 0, 0], g.flatten() ** 2)
 
 
 def test_snip_and_grad_crit_see_the_mean_gradient_and_obd_that_of_single_examples():
@@ -339,6 +360,25 @@ def test_channels_that_several_layers_read_are_averaged_over_all_they_receive():
 # --- the formulas: inputs ----------------------------------------------------------------------
 
 
+def test_wanda_knows_nothing_of_layers_that_others_take_the_weights_of():
+    class Taking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.rare = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = F.linear(self.a(x), self.b.weight, self.b.bias)
+            return self.rare(x) if x.sum() > 1e9 else x
+
+    block = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    for model, name in ((Taking(), "b"), (block, "self_attn.out_proj")):
+        scored = score(model, [torch.randn(3, 5, 4)], wanda, progress=False)
+        with pytest.raises(ValueError, match=f"knows nothing of {name}.weight"):
+            Sparsifier(model, layers=nn.Linear, criteria=scored).sparsify_model(0.5)
+        Sparsifier(model, layers=nn.Linear, criteria=scored, exclude=name).sparsify_model(0.5)
+    assert not found(scores(Taking(), wanda, [torch.randn(3, 4)]), Taking(), "rare.weight").any()
+
+
 def test_wanda_of_a_linear_layer():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
@@ -370,7 +410,7 @@ def test_wanda_of_a_conv_takes_the_norm_of_what_each_weight_meets(name):
     torch.manual_seed(0)
     layer = CONVS[name]().double()
     x = torch.randn(2, 4, *[5] * (layer.weight.ndim - 2)).double()
-    norms = InputNorms(layer, {"weight": layer.weight})
+    norms = InputNorms(layer, {"weight": layer.weight}, Inputs.of(x))
     with norms.watching():
         layer(x)
     got = norms.found()["weight"].expand_as(layer.weight).flatten()
@@ -996,6 +1036,12 @@ def zero_rows(layer):
     return (layer.weight.flatten(1) == 0).all(1).numpy()
 
 
+def behind_norm(weights, gradients):
+    """The Taylor score of the filters of c1, of one batch."""
+    changes = [weights[k] * gradients[k] for k in ("bn1.weight", "bn1.bias")]
+    return sum(changes) ** 2
+
+
 @pytest.mark.parametrize("criterion", [taylor, taylor_filter, obd], ids=lambda c: c.name)
 def test_gradients_are_gathered_over_the_steps_since_the_last_update(criterion):
     learn, steps = learner(), Steps()
@@ -1005,10 +1051,7 @@ def test_gradients_are_gathered_over_the_steps_since_the_last_update(criterion):
     )
     w, g = steps.weights[:5], steps.gradients[:5]
     if criterion is taylor_filter:
-        each = [
-            (a["c1.weight"] * b["c1.weight"]).sum((1, 2, 3)) ** 2 for a, b in zip(w, g, strict=True)
-        ]
-        expected = torch.stack(each).mean(0)
+        expected = torch.stack([behind_norm(*pair) for pair in zip(w, g, strict=True)]).mean(0)
     else:
         squares = torch.stack([b["c1.weight"] ** 2 for b in g]).mean(0)
         expected = (w[4]["c1.weight"] ** 2 * squares).mean((1, 2, 3))
@@ -1154,7 +1197,7 @@ def test_after_a_cut_the_smaller_network_is_gathered_of(criterion):
     before = steps.models[7]  # of 12 filters, since the cut after 5 steps
     if criterion is taylor_filter:
         pairs = zip(steps.weights[5:], steps.gradients[5:], strict=True)
-        each = [(w["c1.weight"] * g["c1.weight"]).sum((1, 2, 3)) ** 2 for w, g in pairs]
+        each = [behind_norm(*pair) for pair in pairs]
         own, norm = torch.stack(each).mean(0), steps.norms[7]
     else:
         scored = score(

@@ -12,7 +12,7 @@ from torch import nn
 
 from fasterai.core import ranking, selection
 from fasterai.core.criteria import Criterion, large_final, small_final, squared_final
-from fasterai.core.masks import Limits, choose_cuts, lowest, select
+from fasterai.core.masks import Limits, choose_cuts, select
 from fasterai.core.ranking import ElementRanking, ScoreRanking, pieces
 from fasterai.core.selection import write_kept
 from fasterai.sparse.sparsifier import Sparsifier
@@ -20,6 +20,12 @@ from fasterai.sparse.sparsifier import Sparsifier
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 identity = Criterion(lambda w: w, "identity", elementwise=True)
 CRITERIA = [large_final, squared_final, small_final, identity]
+
+
+def lowest(scores, n):
+    """Marks of the n lowest of all scores, where nothing is held."""
+    held = [torch.zeros_like(s, dtype=torch.bool) for s in scores]
+    return select(scores, n, held=held, limits=Limits(min_keep=0))
 
 
 def stable_sort(scores, held, n):

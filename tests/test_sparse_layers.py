@@ -59,6 +59,9 @@ def test_convs(kind, shape, bias):
             if len(shape) == 2:
                 last = x.to(memory_format=torch.channels_last)
                 assert torch.allclose(SparseConv(layer)(last), layer(x), atol=1e-5)
+    with torch.no_grad():
+        alone = torch.randn(6, *shape[:-1], 6)  # no batch
+        assert torch.allclose(SparseConv(layer)(alone), layer(alone), atol=1e-5)
 
 
 def network():

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from networks import ALL, Depthwise, Gated, Mlp, Parted, Plain, Residual, TwoHeads, images, make
 from torch import nn
 
-from fasterai.core.criteria import large_final, random_scores, small_final, squared_final
+from fasterai.core.criteria import (
+    grad_crit,
+    large_final,
+    random_scores,
+    small_final,
+    snip,
+    squared_final,
+)
 from fasterai.sparse.sparsifier import Sparsifier
 
 HEADS = {
@@ -202,6 +209,50 @@ def test_what_is_zero_stays_zero():
     other.sparsify_model(0.75)
     assert (model.b.weight == 0)[zero].all()
     assert other.report().set_index("layer").loc["b", "zeros"] == 72
+
+
+def test_other_parameters_than_it_knows_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    sparsifier = Sparsifier(model, layers=nn.Linear)
+    sparsifier.sparsify_model(0.5)
+    other = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
+    model.load_state_dict(other)
+    sparsifier.apply()
+    assert int((model[0].weight == 0).sum()) == 8
+    model.load_state_dict(other, assign=True)
+    with pytest.raises(RuntimeError, match="is another parameter than when"):
+        sparsifier.apply()
+    assert all(torch.equal(v, other[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_weights(dtype):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).to(dtype)
+    before = model[0].weight.detach().clone()
+    sparsifier = Sparsifier(model, layers=["0"])
+    sparsifier.sparsify_model(0.5)
+    gone = before.abs().flatten().argsort()[:16]
+    expected = before.flatten().index_fill(0, gone, 0).view_as(before)
+    assert torch.equal(model[0].weight, expected)
+    with torch.no_grad():
+        model[0].weight.fill_(-1 - 1j)
+    sparsifier.apply()
+    assert torch.equal(model[0].weight == 0, expected == 0)
+
+
+@pytest.mark.parametrize("criterion", [grad_crit, snip], ids=lambda c: c.name)
+def test_sparse_gradients(criterion):
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table = nn.Embedding(10, 8, sparse=sparse)
+        model = nn.Sequential(table, nn.Linear(8, 3))
+        sparsifier = Sparsifier(model, criteria=criterion, layers=["0"])
+        model(torch.tensor([1, 1, 4])).square().sum().backward()
+        sparsifier.sparsify_model(0.9)
+        found.append(table.weight.detach().clone())
+    assert torch.equal(*found) and found[0][4].any()
 
 
 def test_a_layer_initialised_with_zeros_is_not_held():

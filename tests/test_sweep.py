@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.learner import AvgMetric
+from fastai.metrics import error_rate
 from fastai.optimizer import Adam
 from networks import Plain, Residual, make
 from test_callback import learner
+from torch import nn
 
 from fasterai.core.target import Target
 from fasterai.deploy.files import load_pruned, read_plan
@@ -112,6 +115,32 @@ def test_a_run_is_that_of_a_learner_of_its_own():
     learn.fit(2, 1e-2, cbs=PruneCallback(0.5))
     for name, p in found.model(0.5).named_parameters():
         assert torch.equal(p, learn.model.get_parameter(name)), name
+
+
+def test_units_are_counted_as_they_are_asked():
+    class Groups(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=4)
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.head(self.b(self.a(x).relu()).mean((2, 3)))
+
+    table = sweep(trained(Groups()), [Units(2)], 1, context="global", **QUIET).table
+    assert table.loc["Units(n=2)", "reached"] == 2 and table.loc["Units(n=2)", "met"]
+
+
+def test_one_name_does_not_stand_for_two_targets(tmp_path):
+    learn = trained()
+    sweep(learn, {"small": 0.25}, 1, folder=tmp_path, **QUIET)
+    before = (tmp_path / "sweep.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"'small' was 0\.25 .* and is 0\.75 now"):
+        sweep(learn, {"small": 0.75}, 1, folder=tmp_path, **QUIET)
+    assert (tmp_path / "sweep.jsonl").read_bytes() == before
+    learn.metrics.append(AvgMetric(error_rate))
+    with pytest.raises(ValueError, match="with other arguments: metrics was"):
+        sweep(learn, {"small": 0.25}, 1, folder=tmp_path, **QUIET)
 
 
 def test_one_shot_prunes_before_it_trains():

@@ -135,6 +135,18 @@ def test_rates_follow_the_connections_and_come_back():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+def test_behind_attention_it_is_its_last_layer_that_counts():
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.4)
+    with torch.no_grad():
+        block.self_attn.out_proj.weight[:4] = 0
+        block.linear1.weight[:4] = 0
+    with rescale_dropout(block, torch.randn(2, 5, 8)) as changed:
+        assert changed.rates["dropout1"][0] == "self_attn.out_proj"
+        assert block.dropout1.p == pytest.approx(0.4 * 0.5**0.5)
+        assert block.dropout.p == pytest.approx(0.4 * 0.75**0.5)
+        assert block.dropout2.p == 0.4
+
+
 def test_after_channels_were_removed_the_dense_counts_are_needed():
     model, x = make(Dropped), images()
     dense = connections(model)

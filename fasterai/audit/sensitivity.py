@@ -136,7 +136,7 @@ def sensitivity(
     for name, share in _shown(groups, shares, progress):
         if name not in rows:
             continue
-        plan = pruner.plan_for({name: share}, criteria=criteria, verify=False)
+        plan = pruner.plan_for({plain(name): share}, criteria=criteria, verify=False)
         if plan.removed:
             rows[name][share] = measure(cut_for(plan, network))
         elif _asks_for(groups[name], share):

@@ -20,7 +20,6 @@ __all__ = [
     "as_context",
     "as_fraction",
     "choose_cuts",
-    "lowest",
     "select",
     "zero_marks",
 ]
@@ -196,12 +195,6 @@ def _together(rankings: Sequence[Ranking], n: int, most: Sequence[int]) -> list[
     return cuts
 
 
-def lowest(scores: Sequence[Tensor], n: int) -> list[Tensor]:
-    """Mark the `n` lowest of all scores, equal ones in order: bool tensors like `scores`."""
-    held = [torch.zeros_like(s, dtype=torch.bool) for s in scores]
-    return select(scores, n, held=held, limits=Limits(min_keep=0))
-
-
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -217,6 +210,10 @@ def apply_masks(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         weights: floating-point tensors of any shapes.
         masks: uint8 tensors of the same shapes, 1 = kept, 0 = zeroed.
     """
-    bits = [p for w in weights for p in pieces(w.detach().view(_BITS[w.element_size()]))]
+    weights = [w.detach() for w in weights]
+    wide = [w.element_size() not in _BITS for w in weights]  # complex128: two numbers each
+    weights = [torch.view_as_real(w) if x else w for w, x in zip(weights, wide, strict=True)]
+    masks = [torch.stack((m, m), -1) if x else m for m, x in zip(masks, wide, strict=True)]
+    bits = [p for w in weights for p in pieces(w.view(_BITS[w.element_size()]))]
     if bits:
         torch._foreach_mul_(bits, [p for m in masks for p in pieces(m)])

@@ -44,7 +44,8 @@ class Records:
         """
         weight = self._weights[name]
         if need == "gradient":
-            return torch.zeros_like(weight) if weight.grad is None else weight.grad.detach()
+            own = torch.zeros_like(weight) if weight.grad is None else weight.grad.detach()
+            return own.to_dense() if own.is_sparse else own
         if need not in _KEPT:
             return None
         if need not in self._kept:

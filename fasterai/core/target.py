@@ -98,13 +98,16 @@ class Target:
         """Whether it takes measuring time."""
         return self.kind in TIMED
 
+    @property
+    def relative(self) -> bool:
+        """Whether it is a share of what the dense network costs."""
+        return self.kind == "speedup" or (self.kind in COUNTED and self.value <= 1)
+
     def goal(self, dense: float) -> float:
         """The number that must not be exceeded, given that of the dense network."""
         if self.kind == "speedup":
             return dense / self.value
-        if self.kind in COUNTED and self.value <= 1:
-            return dense * self.value
-        return float(self.value)
+        return dense * self.value if self.relative else float(self.value)
 
     def __hash__(self) -> int:
         return hash((self.kind, self.value))

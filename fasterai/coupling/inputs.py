@@ -110,7 +110,18 @@ class Inputs:
         return Inputs(*tree_map(repeat, (self.args, self.kwargs)), now * times)
 
     def batch(self, samples: int) -> Inputs:
-        """Inputs with exactly so many samples, by repeating or leaving out."""
+        """Inputs with exactly so many samples, by repeating or leaving out.
+
+        Raises:
+            ValueError: they have no batch dimension in common, or no samples are asked for.
+        """
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"a batch has one sample or more, got {samples!r}")
+        if self.samples is None:
+            raise ValueError(
+                f"the inputs cannot be made a batch of {samples}: their tensors have no first "
+                f"dimension of one size; pass inputs of the size that you want, and no batch"
+            )
         return self.at_least(samples)._first(samples)
 
     def random_like(self) -> Inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -211,19 +211,17 @@ def _put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             new[id(target)] = target, x
         elif known[1] is not x and not torch.equal(words_of(known[1]), words_of(x)):
             raise ValueError(f"{name!r} is tied in the model, and in the file it is not")
-    taken: set[int] = set()
-    placed = [(target, _placed(x, target, taken)) for target, x in new.values()]
-    undo: list[tuple[Tensor, Tensor]] = []
     try:
-        with torch.no_grad():
-            for target, x in placed:
-                undo.append((target, target.detach()))
-                target.set_(x)
-    except BaseException:  # an interrupt, too, must not leave half of them
-        with torch.no_grad():
-            for target, before in undo:
-                target.set_(before)
+        _copy(new.values())
+    except BaseException:  # an interrupt must not leave half of them
+        _copy(new.values())
         raise
+
+
+@torch.no_grad()
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for target, x in pairs:
+        target.copy_(x)
 
 
 def _targets(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -240,12 +238,3 @@ def _targets(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]
                 f"model, {tuple(x.shape)} {x.dtype} in the file"
             )
     return targets
-
-
-def _placed(x: Tensor, like: Tensor, taken: set[int]) -> Tensor:
-    """A tensor of a file where and as the model's lies, and in no other tensor's memory."""
-    own = id(x) not in taken
-    taken.add(id(x))
-    if own and x.device == like.device and x.stride() == like.stride():
-        return x
-    return torch.empty_like(like).copy_(x)

@@ -96,8 +96,14 @@ class SparseLinear(_Sparse):
 class SparseConv(_Sparse):
     """A conv of 1x1 kernels that skips zeros, one sample after the other."""
 
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.dims = layer.weight.ndim  # of a batch
+
     def forward(self, x: Tensor) -> Tensor:
-        """Maps x (N, in, *) to (N, out, *)."""
+        """Maps x (N, in, *) to (N, out, *), or without N."""
+        if x.ndim == self.dims - 1:
+            return self(x[None])[0]
         flat, weight = x.flatten(2), self.weight
         out = x.new_empty(len(x), len(weight), flat.shape[2])
         for sample, result in zip(flat, out, strict=True):

@@ -68,9 +68,9 @@ class DistillCallback(FitCallback):
         if self.teacher is not None and not isinstance(self.teacher, nn.Module):
             raise TypeError(f"teacher must be a network, a Learner or None, got {teacher!r}")
         self.weight = _number("weight", weight, 1.0)
-        self.temperature = _number("temperature", temperature, math.inf)
-        if not self.temperature:
-            raise ValueError("temperature must be above 0, got 0")
+        self.temperature = _number("temperature", temperature)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
         if match not in ("attention", "values"):
             raise ValueError(f"match must be 'attention' or 'values', got {match!r}")
         if isinstance(features, str):
@@ -81,6 +81,7 @@ class DistillCallback(FitCallback):
         self._copy: nn.Module | None = None
         self._missing = False  # given a teacher once, loaded without
         self._seen: dict[str, Tensor] = {}
+        self._training_flags: dict[nn.Module, bool] = {}
 
     # --- events --------------------------------------------------------------------------------
 
@@ -108,6 +109,7 @@ class DistillCallback(FitCallback):
             )
         layers_named(model, self.features, "features")
         layers_named(teacher, self.features.values(), "features")
+        self._training_flags = {m: m.training for m in teacher.modules()}
         teacher.to(next(model.parameters()).device).eval()
 
     def before_batch(self) -> None:
@@ -128,8 +130,10 @@ class DistillCallback(FitCallback):
         self._step_aside()
 
     def finish(self) -> None:
-        """Let go of the copy."""
-        self._copy, self._seen = None, {}
+        """Let go of the copy; a teacher that was given trains or evaluates as it did."""
+        for module, training in self._training_flags.items():
+            module.training = training
+        self._copy, self._seen, self._training_flags = None, {}, {}
 
     # --- inside --------------------------------------------------------------------------------
 
@@ -190,7 +194,8 @@ class DistillCallback(FitCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the teacher: a learner is exported as it is used, alone."""
-        state = {**super().__getstate__(), "teacher": None, "_copy": None, "_seen": {}}
+        empty = {"teacher": None, "_copy": None, "_seen": {}, "_training_flags": {}}
+        state = {**super().__getstate__(), **empty}
         return {**state, "_missing": self._missing or self.teacher is not None}
 
     def __setattr__(self, name: str, value: Any) -> None:

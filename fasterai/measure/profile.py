@@ -78,17 +78,20 @@ def compare(
     for model in networks.values():
         Inputs.fitting(model, example_inputs)
         numbers_needed(model)
+    if isinstance(batch_sizes, int):
+        raise TypeError(f"batch_sizes are several, as in [1, 16], got {batch_sizes}")
     batches = list(batch_sizes or [inputs.samples])
+    sized = {batch: inputs if batch is None else inputs.batch(batch) for batch in batches}
     threads = threads or torch.get_num_threads()
     rows = []
     fixed = {name: _size(model, inputs, files) for name, model in networks.items()}
     for batch in batches:
-        sized = inputs if batch is None else inputs.batch(batch)
-        peaks = {name: peak_bytes(model, sized) for name, model in networks.items()}
-        times = _latency(networks, sized, threads, seconds)
+        now = sized[batch]
+        peaks = {name: peak_bytes(model, now) for name, model in networks.items()}
+        times = _latency(networks, now, threads, seconds)
         for name, model in networks.items():
             first, last = fixed[name]
-            where = {"device": str(sized.tensors[0].device), "dtype": _dtype(model, sized)}
+            where = {"device": str(now.tensors[0].device), "dtype": _dtype(model, now)}
             timed = _timed(times[name], batch) | {"peak_bytes": _or_na(peaks[name])}
             row = {"network": name, **first, "batch": batch, **timed, **where}
             rows.append(row | {"threads": threads} | last)

@@ -77,7 +77,7 @@ def part_of(amount: Amount, share: float) -> Amount:
 
 
 def counts_of(
-    amount: Amount, axes: Sequence[Axis], sizes: Sequence[int], context: str
+    amount: Amount, axes: Sequence[Axis], sizes: Sequence[int], context: str, more: int = 0
 ) -> int | list[int]:
     """How many bundles that is: of all axes under 'global', else of each.
 
@@ -86,16 +86,17 @@ def counts_of(
         axes: those of the network.
         sizes: for each of them the bundles that shares are shares of.
         context: 'local' or 'global'.
+        more: bundles of which shares are shares, too, that no axis has any more.
 
     Raises:
         ValueError: layers with no units to remove, or several shares for coupled layers.
     """
     if isinstance(amount, Units):
-        return min(int(amount.n), sum(sizes))
+        return min(int(amount.n), sum(sizes) + more)
     if isinstance(amount, Mapping):
         return [round(s * n) for s, n in zip(_by_axis(amount, axes, sizes), sizes, strict=True)]
     if context == "global":
-        return round(amount * sum(sizes))
+        return round(amount * (sum(sizes) + more))
     return [round(amount * n) for n in sizes]
 
 
@@ -127,12 +128,12 @@ def _by_axis(
 
 
 def share_of(
-    amount: Amount, axes: Sequence[Axis], sizes: Sequence[int], context: str
+    amount: Amount, axes: Sequence[Axis], sizes: Sequence[int], context: str, more: int = 0
 ) -> float | None:
     """The amount as a share of all, see `counts_of`; None for a target."""
     if isinstance(amount, Target):
         return None
     if isinstance(amount, float):
         return amount
-    counts = counts_of(amount, axes, sizes, context)
-    return (counts if isinstance(counts, int) else sum(counts)) / max(1, sum(sizes))
+    counts = counts_of(amount, axes, sizes, context, more)
+    return (counts if isinstance(counts, int) else sum(counts)) / max(1, sum(sizes) + more)

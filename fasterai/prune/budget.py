@@ -37,7 +37,7 @@ class UnreachableTarget(ValueError):
         least: the least that the network can cost.
     """
 
-    def __init__(self, message: str, least: float) -> None:
+    def __init__(self, message: str, least: float = math.nan) -> None:
         super().__init__(message)
         self.least = least
 
@@ -173,7 +173,8 @@ class Budget:
             self._due(a)
         least = self.costs.at(self._most())
         if least > goal * (1 + 1e-12):
-            self._refuse(goal, least)
+            exact = self.target.kind == "bytes"  # beside numbers there are headers
+            self._refuse(goal, (exact and self.measured(self._smallest())) or least)
 
     def without(self, failed: Mapping[int, str]) -> Budget:
         """The same where these axes stay, with the reasons."""
@@ -259,6 +260,15 @@ class Budget:
         """The most bundles of each axis that may go."""
         return [max(self._steps(a), default=0) for a in range(len(self.axes))]
 
+    def _smallest(self) -> Removal:
+        """All that may go."""
+        remove = {}
+        for a, n in enumerate(self._most()):
+            axis = self.axes[a]
+            remove[a] = torch.zeros(axis.size, dtype=torch.bool)
+            remove[a][axis.bundled(axis.free)[:n].flatten()] = True
+        return remove
+
     def _due(self, a: int, share: float = 1.0) -> int:
         """How many have to go for the sake of a cap, a share of the way there."""
         if self._caps[a] is None:
@@ -288,8 +298,9 @@ class Budget:
 
     def _refuse(self, goal: float, least: float) -> None:
         whole = self.costs.at([0] * len(self.axes))
+        unit = "ms" if self.target.timed else self.target.kind
         raise UnreachableTarget(
-            f"{self.target} cannot be reached: it allows {_number(goal)} {self.target.kind}, and "
+            f"{self.target} cannot be reached: it allows {_number(goal)} {unit}, and "
             f"the least that is left is {_number(least)} (of {_number(whole)} now). What holds "
             f"it: {self._holders()}. Ask for less, or loosen what holds it",
             least,

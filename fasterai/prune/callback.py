@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -20,8 +20,8 @@ from ..core.target import Target
 from ..fit.callback import ScheduledCallback
 from ..measure.layers import layer_costs
 from ..measure.profile import macs
-from .amounts import Amount, as_amount, asks, part_of
-from .budget import Reached
+from .amounts import Amount, Units, as_amount, asks, part_of
+from .budget import Reached, UnreachableTarget
 from .gradual import GradualPruner
 from .history import History
 from .optimizer import check_optimizer
@@ -45,7 +45,10 @@ class PruneCallback(ScheduledCallback):
     second fit does not remove as much again, but goes on to the target, if the first was
     stopped. A new callback starts from the network it finds. What is removed never comes back.
 
-    Frozen layers are left alone and do not count.
+    Frozen layers are left alone and do not count. While some are, as in the first part of
+    `learn.fine_tune`, others lose what a share of them is, of `Units` as many as a share of the
+    units train; what a mapping asks of frozen layers waits for a fit in which they train, and so
+    does a `Target` that cannot be met before.
 
     Args:
         sparsity: the share of the units to remove, a fraction in [0, 1]; {layer name: fraction}
@@ -105,6 +108,7 @@ class PruneCallback(ScheduledCallback):
         self.min_keep, self.round_to = min_keep, round_to
         self.exclude, self.example_inputs = as_choices(exclude), example_inputs
         self.whole_heads, self.verify, self.after = whole_heads, verify, after
+        self._asked: Amount | None = self.sparsity
         self._pruner: GradualPruner | None = None
         self.history = after if isinstance(after, History) else History(before=after)
         self._fit = 1
@@ -128,6 +132,11 @@ class PruneCallback(ScheduledCallback):
     def budget(self) -> Reached | None:
         """What became of the target at the last cut; see `Reached`."""
         return self._seen().budget
+
+    @property
+    def removed(self) -> int:
+        """How many units are gone, as `Units` counts them."""
+        return self._seen().removed
 
     def plot_sparsity(self, ax: Any = None) -> Any:
         """Draw the share of the units that is gone over the steps of the last fit."""
@@ -153,11 +162,12 @@ class PruneCallback(ScheduledCallback):
         self._fit = 1 + max((cut.fit or 0 for cut in self.history.cuts), default=0)
         if not asks(self.sparsity) or not self._anything_free():
             return False
+        self._asked = self._of_trained()
+        if self._asked is None or not asks(self._asked):
+            return False
         self.arrived()  # unknown layers are refused now
         self._pruner.criteria = self.gather()
         self._pruner.try_criteria()  # one that fails does so before training
-        if isinstance(self.sparsity, Target):
-            self._processes.together(lambda: self._pruner.check(self.sparsity))
         self._pruner.criteria = self.criteria
         if _is_compiled(self.learn.model) and not self.arrived():
             self.warn(
@@ -170,8 +180,8 @@ class PruneCallback(ScheduledCallback):
     def go(self, share: float, before: float) -> None:
         """Cut as far as the schedule says."""
         self._pruner.criteria = self.scored()
-        asked = part_of(self.sparsity, share)
-        plan = self.agreed(lambda: self._pruner.plan_to(self.sparsity, share))
+        asked = part_of(self._asked, share)
+        plan = self.agreed(lambda: self._pruner.plan_to(self._asked, share))
         if plan is None:
             self._pruner.pass_by(asked)
             return
@@ -238,9 +248,9 @@ class PruneCallback(ScheduledCallback):
 
     def arrived(self) -> bool:
         """Whether all that is asked was gone when the fit began."""
-        if isinstance(self.sparsity, Target) and self.sparsity.timed:  # measured, unlike in others
-            return self._processes.decided(lambda: self._pruner.arrived(self.sparsity))
-        return self._pruner.arrived(self.sparsity)
+        if isinstance(self._asked, Target) and self._asked.timed:  # measured, unlike in others
+            return self._processes.decided(lambda: self._pruner.arrived(self._asked))
+        return self._pruner.arrived(self._asked)
 
     def finish(self) -> None:
         """Let go of what only the criterion needed."""
@@ -281,6 +291,24 @@ class PruneCallback(ScheduledCallback):
             raise RuntimeError("nothing to report: fit with this callback first")
         return self._pruner
 
+    def _of_trained(self) -> Amount | None:
+        """What is asked of the layers that train; None where nothing is yet."""
+        pruner, asked = self._pruner, self.sparsity
+        if isinstance(asked, Target):
+            why = self._processes.decided(lambda: _why_unreachable(pruner, asked, False))
+            if why is None:
+                return asked
+            if self._processes.decided(lambda: _why_unreachable(pruner, asked, True)):
+                raise UnreachableTarget(*why)
+            self.warn(f"{asked} cannot be met while layers are frozen: it waits")
+            return None
+        if isinstance(asked, Units) and pruner.frozen_share:
+            return Units(round(asked.n * (1 - pruner.frozen_share)))
+        if isinstance(asked, Mapping):
+            frozen = pruner.frozen_layers
+            return {name: share for name, share in asked.items() if name not in frozen}
+        return asked
+
     def _anything_free(self) -> bool:
         pruner = self._pruner
         if pruner.frozen_share > 0.1:
@@ -293,6 +321,16 @@ class PruneCallback(ScheduledCallback):
             reasons = pruner.axes()["pinned"].tolist()
             raise ValueError(f"the model has nothing to prune: {'; '.join(map(str, reasons[:5]))}")
         return pruner.free > 0
+
+
+def _why_unreachable(
+    pruner: GradualPruner, target: Target, thawed: bool
+) -> tuple[str, float] | None:
+    try:
+        pruner.check(target, thawed=thawed)
+    except UnreachableTarget as error:
+        return str(error), error.least
+    return None
 
 
 def _is_compiled(model: nn.Module) -> bool:

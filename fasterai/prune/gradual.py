@@ -85,7 +85,7 @@ class GradualPruner(Pruner):
         self._first = tuple(self._axes)  # the axes at the start; those of today lie at their places
         self.history = after if isinstance(after, History) else History(before=after)
         self._after = self.history.plan
-        self._earlier = _removed(self._after, network, self._first)
+        self._earlier, self._vanished = _removed(self._after, network, self._first)
         self._decision: Decision | None = None
         self._took: dict[tuple[int, int | None], float] = {}  # the dense network, in milliseconds
         self._cut: tuple[Plan | None, Mapping[Dim, Tensor]] = None, {}
@@ -122,10 +122,15 @@ class GradualPruner(Pruner):
         self._decision = decision
         return decision.plan if decision is not None and decision.plan.removed else None
 
-    def check(self, target: Target) -> None:
-        """Raise an `UnreachableTarget` where no cut can meet this one; nothing is changed."""
+    def check(self, target: Target, *, thawed: bool = False) -> None:
+        """Raise an `UnreachableTarget` where no cut can meet this one; nothing is changed.
+
+        Args:
+            target: what is asked.
+            thawed: as if nothing was frozen.
+        """
         self._refresh()
-        budget = self._budget_of(target)
+        budget = self._budget_of(target, self._axes if thawed else None)
         budget.check(target.goal(budget.dense()))
 
     def carry_out(self, plan: Plan, *, optimizer: Any = None, asked: Amount | None = None) -> None:
@@ -150,8 +155,9 @@ class GradualPruner(Pruner):
         """Write into the history what was asked and, if anything, cut."""
         share = None
         if asked is not None:
-            amount, sizes = as_amount(asked, self.context), [n for n, _ in self._counted()]
-            share = share_of(amount, self._first, sizes, self.context)
+            amount = self._present(as_amount(asked, self.context))
+            sizes, lost = [n for n, _ in self._counted()], [n for _, n, _ in self._vanished]
+            share = share_of(amount, self._first, sizes, self.context, sum(lost))
         name = self.criteria.title
         size = sum(p.numel() for p in self.model.parameters())
         record = CutRecord(plan, name, self.context, share, self.reached(), size)
@@ -160,8 +166,8 @@ class GradualPruner(Pruner):
 
     def reached(self) -> float:
         """The share of the units at the start that is gone."""
-        counted = self._counted()
-        return sum(gone for _, gone in counted) / max(1, sum(n for n, _ in counted))
+        whole = sum(n for n, _ in self._counted()) + sum(n for _, n, _ in self._vanished)
+        return self.removed / max(1, whole)
 
     def arrived(self, sparsity: Amount) -> bool:
         """Whether as many are gone already."""
@@ -189,6 +195,12 @@ class GradualPruner(Pruner):
         return reduce(Plan.then, [*filter(None, [self._after]), *self._plans] or [None])
 
     @property
+    def removed(self) -> int:
+        """How many units, or bundles of them, are gone."""
+        vanished = sum(gone for _, _, gone in self._vanished)
+        return sum(gone for _, gone in self._counted()) + vanished
+
+    @property
     def free(self) -> int:
         """How many units, or bundles of them, may go: neither pinned nor frozen."""
         return sum(axis.bundles for axis in self._trained(self._first))
@@ -198,6 +210,13 @@ class GradualPruner(Pruner):
         """The share of these and the frozen that is frozen."""
         whole = sum(axis.bundles for axis in self._first)
         return 1 - self.free / whole if whole else 0.0
+
+    @property
+    def frozen_layers(self) -> set[str]:
+        """Layers that have units, all of them frozen."""
+        pairs = zip(self._axes, self._trained(self._axes), strict=True)
+        axes = [axis for axis, trained in pairs if axis.bundles and not trained.bundles]
+        return {plain(name) for axis in axes for name in axis.producers}
 
     def watch(self) -> None:
         """Take the weights as they are now for the initial and previous ones of the criterion."""
@@ -248,8 +267,14 @@ class GradualPruner(Pruner):
         criterion = self.criteria.reading(self._records)
         return self._within(budget, dense, goal, criterion, even, self.verify, share)
 
-    def _budget_of(self, target: Target) -> Budget:
-        axes, gone = self._trained(self._axes), self._gone()
+    def _budget_of(self, target: Target, axes: Sequence[Axis] | None = None) -> Budget:
+        axes, gone = self._trained(self._axes) if axes is None else axes, self._gone()
+        if self._vanished and target.relative:
+            names = ", ".join(repr(name) for name, _, _ in self._vanished)
+            raise ValueError(
+                f"{target} is a share of what the dense network cost, which cannot be told any "
+                f"more: the earlier cuts left a single channel of {names}; ask for a number"
+            )
         if not target.timed:
             return self._budget(target, axes, self.limits, gone)
         where = target, self.model, self.inputs, self._coupling, axes, self.limits, gone
@@ -305,36 +330,50 @@ class GradualPruner(Pruner):
             counted.append((n + earlier // axis.blocks, gone // axis.blocks) if n else (0, 0))
         return counted
 
+    def _present(self, amount: Amount) -> Amount:
+        """Without layers that `after` left so narrow that they are no axes any more."""
+        if not isinstance(amount, Mapping):
+            return amount
+        lost = {name for name, _, _ in self._vanished}
+        return {name: share for name, share in amount.items() if name not in lost}
+
     def _missing(self, sparsity: Amount) -> int | list[int]:
         """How many bundles are still to go: over all axes under 'global', or of each."""
-        counted = self._counted()
-        amount = as_amount(sparsity, self.context)
-        counts = counts_of(
-            amount, self._trained(self._first), [n for n, _ in counted], self.context
-        )
+        counted, lost = self._counted(), sum(n for _, n, _ in self._vanished)
+        amount = self._present(as_amount(sparsity, self.context))
+        axes, sizes = self._trained(self._first), [n for n, _ in counted]
+        counts = counts_of(amount, axes, sizes, self.context, lost)
         if isinstance(counts, int):
-            return counts - sum(gone for _, gone in counted)
+            return counts - self.removed
         return [n - gone for n, (_, gone) in zip(counts, counted, strict=True)]
 
 
-def _removed(after: Plan | None, network: nn.Module, axes: Sequence[Axis]) -> list[int]:
-    """How many units of each axis a plan has removed that led to this network."""
+def _removed(
+    after: Plan | None, network: nn.Module, axes: Sequence[Axis]
+) -> tuple[list[int], list[tuple[str, int, int]]]:
+    """How many units of each axis a plan has removed that led to this network.
+
+    And the names of axes that are no more, as of a single channel, how many units there were and
+    how many went.
+    Where heads became so narrow that a unit is one of each of them, it counts for so many.
+    """
     if after is None:
-        return [0] * len(axes)
+        return [0] * len(axes), []
     must_lead_to(after, network)
     cuts = list(after.axes)
     removed = []
     for axis in axes:
-        known = (c for c in cuts if (c.name, c.after) == (plain(axis.name), axis.size))
-        cut = next(known, None)
+        own = [c for c in cuts if c.name == plain(axis.name) and c.after % axis.size == 0]
+        cut = min(own, key=lambda c: c.after, default=None)
         if cut is None:
             raise ValueError(
                 f"the plan knows no {axis.size} channels of {plain(axis.name)!r}: pass the plan of "
                 f"all cuts since the network was dense, as in callback.plan"
             )
         cuts.remove(cut)
-        removed.append(cut.before - cut.after)
-    return removed
+        removed.append((cut.before - cut.after) * axis.size // cut.after)
+    lost = [(c.name, c.before, c.before - c.after) for c in cuts if c.after < c.before]
+    return removed, lost
 
 
 def _left_of(copy: Tensor, plan: Plan, name: str) -> Tensor:

@@ -30,14 +30,18 @@ _FIELDS = {
 def encode(cuts: Sequence[Mapping[str, Any]], before: Any) -> str:
     """The fields of the cuts as JSON; metrics that are no finite numbers become null."""
     written = [
-        {**cut, "metrics": {n: _number(x) for n, x in cut["metrics"].items()}} for cut in cuts
+        {**cut, "metrics": {n: as_number(x) for n, x in cut["metrics"].items()}} for cut in cuts
     ]
     fields = {"history": _VERSION, "before": before, "cuts": written}
     return json.dumps(fields, separators=(",", ":"), sort_keys=True, allow_nan=False)
 
 
-def _number(x: Any) -> float | None:
-    return float(x) if math.isfinite(x) else None
+def as_number(x: Any) -> float | None:
+    """What JSON holds of a metric: a finite number, else None."""
+    try:
+        return float(x) if math.isfinite(x) else None
+    except (TypeError, ValueError):
+        return None
 
 
 def decode(text: str) -> tuple[list[dict[str, Any]], Any]:

@@ -29,6 +29,7 @@ from .check import Differences, observe
 from .constants import Constants
 from .explain import axes_table, draw_axes
 from .history import CutRecord, History
+from .history_json import as_number
 from .optimizer import remember
 from .plan import Plan, make_plan
 from .select import Stay, pinned_units, ranked_units, zero_units
@@ -125,11 +126,15 @@ class Pruner:
         """
         limits = Limits(min_keep, round_to)
         decision = self._decide(sparsity, context, criteria, limits, verify)
-        axes = self._axes
-        plan = self._carry_out(decision, optimizer)
+        record = self._record(decision.plan, sparsity, context, criteria)
+        try:
+            plan = self._carry_out(decision, optimizer)
+        finally:  # an interrupt may come when it is cut
+            if self._plans and self._plans[-1] is decision.plan and decision.plan.removed:
+                size = sum(p.numel() for p in self.model.parameters())
+                self.history = self.history.also(replace(record, parameters=size))
         if plan.removed:
-            record = self._record(plan, axes, sparsity, context, criteria)
-            self.history = self.history.also(record)
+            self.history = self.history.noting(macs=macs(self.model, self.inputs).get(""))
         else:
             why = self._why_nothing(sparsity is None, decision)
             warnings.warn(f"nothing was removed: {why}", stacklevel=2)
@@ -151,8 +156,18 @@ class Pruner:
         return self._decide(sparsity, context, criteria, limits, verify).plan
 
     def note(self, **metrics: float) -> None:
-        """Write metrics, such as `accuracy=0.9`, beside the last cut in `history`."""
-        self.history = self.history.noting(metrics=metrics)
+        """Write metrics, such as `accuracy=0.9`, beside the last cut in `history`.
+
+        Those that are not finite numbers are left out.
+
+        Raises:
+            RuntimeError: nothing was cut yet.
+        """
+        if not self.history.cuts:
+            raise RuntimeError("no cut to write metrics beside: prune first")
+        known = {k: as_number(x) for k, x in metrics.items()}
+        new = {k: x for k, x in known.items() if x is not None}
+        self.history = self.history.noting(metrics={**self.history.cuts[-1].metrics, **new})
 
     @property
     def plan(self) -> Plan | None:
@@ -329,10 +344,9 @@ class Pruner:
         self.max_rel_diff = apart.relative if apart else None
         return plan
 
-    def _record(
-        self, plan: Plan, axes: Sequence[Axis], sparsity: Any, context: str, criteria: Any
-    ) -> CutRecord:
-        """What goes into the history, once it is cut."""
+    def _record(self, plan: Plan, sparsity: Any, context: str, criteria: Any) -> CutRecord:
+        """What goes into the history, but for what the network then costs."""
+        axes = self._axes
         free = [axis.bundles for axis in axes]
         gone = [(c.before - c.after) // a.blocks for c, a in zip(plan.axes, axes, strict=True)]
         name, asked = "zero", None
@@ -340,9 +354,7 @@ class Pruner:
             name = as_criterion(criteria).title
             asked = share_of(as_amount(sparsity, context), axes, free, context)
         reached = min(1.0, sum(gone) / max(1, sum(free)))
-        size = sum(p.numel() for p in self.model.parameters())
-        counted = macs(self.model, self.inputs).get("")
-        return CutRecord(plan, name, context, asked, reached, size, counted)
+        return CutRecord(plan, name, context, asked, reached, 0)
 
     def _why_nothing(self, exact: bool, decision: Decision) -> str:
         met = decision.reached

@@ -31,14 +31,16 @@ class TimedBudget(Budget):
     made from, differs from its prediction corrects what is asked of it.
 
     Args:
-        dense_ms: what the dense network took; None where it is the one that is there.
+        dense_ms: what the dense network took; None where that was not measured: what was removed
+            since counts as the table says.
 
     The other arguments are those of `Budget`.
     """
 
     def __init__(self, *args: Any, dense_ms: float | None = None) -> None:
         super().__init__(*args)
-        self._dense_ms = self._now if dense_ms is None else dense_ms
+        was = super().dense() if any(self.gone) else self._now
+        self._dense_ms = was if dense_ms is None else dense_ms
         user = self.limits
         if user.round_to == 1 and self._step > 1:
             self.limits = Limits(user.min_keep, self._step)
@@ -94,7 +96,8 @@ class TimedBudget(Budget):
     # --- inside --------------------------------------------------------------------------------
 
     def _costs(self) -> Costs:
-        self._batch = self.inputs.batch(self.target.batch)
+        some = self.target.batch > 1 or self.inputs.samples is not None
+        self._batch = self.inputs.batch(self.target.batch) if some else self.inputs
         self._threads = self.target.threads or torch.get_num_threads()
         device = self._batch.tensors[0].device
         table = LatencyTable(self._threads, device, self.target.table)

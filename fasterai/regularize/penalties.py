@@ -282,6 +282,8 @@ def _parts(groups: UnitGroups, *roles: str) -> list[_Part]:
 def _gradient(p: nn.Parameter) -> Tensor:
     if p.grad is None:
         p.grad = torch.zeros_like(p)
+    elif p.grad.is_sparse:  # of an embedding; penalties are of all its rows
+        p.grad = p.grad.to_dense()
     return p.grad
 
 

@@ -48,6 +48,7 @@ class Folder:
         dense: Row,
     ) -> None:
         self.dense, self.rows = dense, dict[str, Row]()
+        self._asked: dict[str, str] = {}
         self.path = None if folder is None else Path(folder)
         if self.path is None:
             return
@@ -69,12 +70,23 @@ class Folder:
         """Where the network of a target is kept; None where there is no folder."""
         return None if self.path is None else self.path / file_name(label)
 
-    def add(self, label: str, row: Row) -> None:
-        """Note what became of a target."""
+    def must_ask(self, targets: Mapping[str, str]) -> None:
+        """Raise a ValueError where a label stands for another target, as text, than it did."""
+        for label, asked in targets.items():
+            before = self._asked.get(label, asked)
+            if before != asked and label in self.rows:
+                raise ValueError(
+                    f"{label!r} was {before} in {self.path} and is {asked} now: give it another "
+                    f"name, or {_AGAIN}"
+                )
+
+    def add(self, label: str, row: Row, asked: str) -> None:
+        """Note what became of a target, and what it was."""
         self.rows[label] = row
         if self.path is not None:
             with (self.path / _NAME).open("ab") as opened:
-                opened.write(json.dumps({"target": label, "row": row}).encode() + b"\n")
+                line = {"target": label, "asked": asked, "row": row}
+                opened.write(json.dumps(line).encode() + b"\n")
                 opened.flush()
                 os.fsync(opened.fileno())
 
@@ -101,6 +113,7 @@ class Folder:
                 raise self._damaged(i)
             if row.get("file") in (None, file_name(label)):  # it names no other file
                 self.rows[label] = row
+                self._asked[label] = str(line.get("asked", ""))
         gone = [k for k, row in self.rows.items() if row.get("file") and not self.file(k).exists()]
         for label in gone:
             del self.rows[label]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from ..measure.profile import compare, macs, saved_bytes
 from ..prune.amounts import Units
 from ..prune.budget import UnreachableTarget
 from ..prune.callback import PruneCallback
+from ..prune.history_json import as_number
 from ..score.batches import in_memory
 from ..score.journal import digest
 from .folder import Folder, file_name, said
@@ -142,7 +142,7 @@ def sweep(
     network = unwrapped(learn.model)
     cbs, timed = tuple(cbs), batch if seconds else None
     arguments = {"epochs": epochs, "lr": lr, "fit": fit, "way": way, "cbs": list(cbs), **options}
-    arguments["timed batch"] = timed
+    arguments |= {"timed batch": timed, "metrics": [metric.name for metric in learn.metrics]}
     run = _Run(learn, epochs, lr, fit, cbs, options, seconds, batch)
     done = Folder(
         folder,
@@ -150,10 +150,11 @@ def sweep(
         {name: said(value) for name, value in arguments.items()},
         run.dense(),
     )
+    done.must_ask({label: said(target) for label, target in runs.items()})
     networks: dict[str, nn.Module] = {}
     for label in _shown([k for k in runs if k not in done.rows], progress):
         row, trained = run(label, runs[label], done)
-        done.add(label, row)
+        done.add(label, row, said(runs[label]))
         if trained is not None and row["file"] is None:
             networks[label] = trained
     rows = {DENSE: done.dense, **{k: done.rows[k] for k in runs}}
@@ -285,14 +286,15 @@ class _Run:
         }
         if self.seconds:
             pair = {DENSE: self.start, "this": network}
-            timed = compare(pair, example, batch_sizes=[self.batch], seconds=self.seconds)
+            batches = None if self.inputs.samples is None else [self.batch]
+            timed = compare(pair, example, batch_sizes=batches, seconds=self.seconds)
             took = timed["latency_ms"]
             own = took[DENSE if network is self.start else "this"]
             found |= {"latency_ms": float(own), "speedup": float(took[DENSE] / own)}
         return found
 
     def _metrics(self) -> dict[str, float | None]:
-        return {n: _number(x) for n, x in zip(self.names, self.learn.validate(), strict=False)}
+        return {n: as_number(x) for n, x in zip(self.names, self.learn.validate(), strict=False)}
 
     def _reached(self, target: Any, cbs: Sequence[Any], row: Mapping[str, Any]) -> dict[str, Any]:
         """What was reached in the unit of the target, and whether that is what was asked."""
@@ -304,10 +306,10 @@ class _Run:
             met = reached >= target.value if target.kind == "speedup" else reached <= target.value
             return {"reached": reached, "met": bool(met)}
         if isinstance(target, Units):
-            reached = int(pruning.history.removed().to_numpy().sum())
+            reached = pruning.removed
             return {"reached": reached, "met": reached >= target.n}
         known = [cb.reached() for cb in cbs if hasattr(cb, "reached")]
-        reached = _number(known[0]) if known else None
+        reached = as_number(known[0]) if known else None
         return {"reached": reached, "met": None}
 
     def _cost(self, target: Target, pruning: PruneCallback, row: Mapping[str, Any]) -> float | None:
@@ -339,14 +341,6 @@ def _asked(target: Any) -> float | None:
 def _plan(cbs: Sequence[Any]) -> Any:
     plans = [cb.plan for cb in cbs if isinstance(cb, PruneCallback)]
     return plans[0] if len(plans) == 1 else None
-
-
-def _number(x: Any) -> float | None:
-    """A metric as JSON holds it."""
-    try:
-        return float(x) if math.isfinite(x) else None
-    except (TypeError, ValueError):
-        return None
 
 
 # --- what is given back --------------------------------------------------------------------------

@@ -4,7 +4,8 @@ They are gathered by `score` over a loader, or by a callback while training.
 
 Sources: `taylor` and `taylor_filter` are Molchanov et al., "Importance Estimation for Neural
 Network Pruning", 2019, https://arxiv.org/abs/1906.10771: the squared first-order change of the loss
-with a weight alone, and with a whole filter, of each batch, averaged over batches. `taylor_maps` is
+with a weight alone, and with a whole filter, of each batch, averaged over batches; of a filter it
+is taken behind its batch norm, where there is one. `taylor_maps` is
 Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", 2017,
 https://arxiv.org/abs/1611.06440: the mean over examples of the absolute value of the mean over a
 feature map of activation * gradient, divided by the L2 norm of its layer's;

@@ -25,6 +25,7 @@ from .units import Units
 __all__ = ["Gatherer"]
 
 _PER_UNIT = ("filter_taylor", *OF_MAPS)
+_OF_EACH_CHANNEL = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 
 
 class Gatherer:
@@ -49,24 +50,26 @@ class Gatherer:
     ) -> None:
         self._model = network = unwrapped(model)
         self._needs = tuple(needs)
+        coupled = "filter_taylor" in needs  # it adds up what goes with a filter
         self._weights = {
             name: p
             for name, p in network.named_parameters()
-            if p.is_floating_point() and p.ndim > 1
-            if names is None
-            or name in names
-            or "filter_taylor" in needs  # which adds up coupled ones
+            if p.is_floating_point()
+            if coupled or (p.ndim > 1 and (names is None or name in names))
         }
         self._shapes = {name: p.shape for name, p in network.named_parameters()}
-        units = self._maps = None
-        if any(need in _PER_UNIT for need in needs):
+        units = self._maps = self._norms = None
+        if any(need in (*_PER_UNIT, "input_norm") for need in needs):
             inputs = Inputs.fitting(network, example_inputs)
+        if any(need in _PER_UNIT for need in needs):
             coupling = couple(network, inputs)
-            units = Units(coupling, next(network.parameters()).device)
+            norms = {k for k, m in network.named_modules() if isinstance(m, _OF_EACH_CHANNEL)}
+            units = Units(coupling, next(network.parameters()).device, norms)
             if any(need in OF_MAPS for need in needs):
                 self._maps = Maps(network, inputs, coupling, units, needs)
         self._gradients = Gradients(self._weights, needs, units)
-        self._norms = InputNorms(network, self._weights) if "input_norm" in needs else None
+        if "input_norm" in needs:
+            self._norms = InputNorms(network, self._weights, inputs)
         self._by_batch = {n for n in needs if n in OF_GRADIENTS and n != "fisher"}
 
     def reset(self) -> None:

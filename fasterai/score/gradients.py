@@ -83,8 +83,14 @@ class Gradients:
         return means
 
     def _add_units(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add the square of what each unit's gate would change.
+
+        A filter in front of a batch norm may be scaled as one likes: in training its weights times
+        their gradients add up to no more than what the norm's epsilon leaves of 0. So the gate is
+        behind the norm (section 3.2 of the paper).
+        """
         change = torch.zeros_like(self._per_unit)
-        for name, dim, index, unit in self._units.rows:
+        for name, dim, index, unit in self._units.gates:
             if name in gradients:
                 weight = self._weights[name].detach()
                 lost = weight.to(_wide(weight)) * gradients[name]

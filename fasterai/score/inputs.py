@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from ..coupling.inputs import Inputs, run_quietly, tensors_in
 from ..coupling.places import looking
 
 __all__ = ["InputNorms"]
@@ -25,13 +27,17 @@ class InputNorms:
 
     Args:
         model: the network.
-        weights: its weights by name; those of other layers are left out.
+        weights: its weights by name; those of other layers are left out, and those that others
+            take from a layer without running it, as attention does, for nobody sees with what.
+        inputs: what it runs on.
 
     Attributes:
         sums: of the squares, for each weight to be broadcast to its shape.
     """
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Inputs
+    ) -> None:
         self._model = model
         known = {id(w): name for name, w in weights.items()}
         self._layers = {
@@ -39,6 +45,8 @@ class InputNorms:
             for name, m in model.named_modules()
             if isinstance(m, nn.Linear | nn.modules.conv._ConvNd) and id(m.weight) in known
         }
+        taken = self._taken(inputs)
+        self._layers = {n: at for n, at in self._layers.items() if at[1] not in taken}
         self.reset()
 
     def reset(self) -> None:
@@ -56,10 +64,31 @@ class InputNorms:
         """The norms, for each weight to be broadcast to its shape."""
         return {name: squares.sqrt() for name, squares in self.sums.items()}
 
+    def _taken(self, inputs: Inputs) -> set[str]:
+        """The weights that are used without their layers being run."""
+        ran: set[str] = set()
+        used = _Used()
+        see = looking(self._model, self._layers, lambda name, *_: ran.add(self._layers[name][1]))
+        with run_quietly(self._model), see, used:
+            inputs(self._model)
+        return {k for m, k in self._layers.values() if id(m.weight) in used.seen} - ran
+
     def _look(self, name: str, call: int, x: Tensor) -> None:
         layer, weight = self._layers[name]
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         self.sums[weight] = self.sums[weight].to(x) + _squares(layer, x)
+
+
+class _Used(TorchFunctionMode):
+    """Notes which tensors functions are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.update(map(id, tensors_in((args, kwargs))))
+        return func(*args, **(kwargs or {}))
 
 
 def _squares(layer: nn.Module, x: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from ..core.granularity import along
-from ..coupling.labels import PRODUCE
-from ..coupling.units import Coupling
+from ..coupling.labels import PRODUCE, SCALE, SHIFT
+from ..coupling.units import Axis, Coupling, Slot
 
 __all__ = ["Units"]
 
@@ -20,18 +20,24 @@ class Units:
     Args:
         coupling: the axes.
         device: where all tensors are.
+        norms: the modules that normalise each channel by itself.
 
     Attributes:
         size: U, how many there are.
         rows: for each weight that produces channels: (its name, the dimension of its filters,
             (P,) filters, (P,) their units).
+        gates: the same for what each unit is multiplied with last, and what is added to it: the
+            scales and shifts of such norms, where it has some, else weights and biases.
     """
 
-    def __init__(self, coupling: Coupling, device: torch.device) -> None:
+    def __init__(
+        self, coupling: Coupling, device: torch.device, norms: Collection[str] = ()
+    ) -> None:
         self.size = sum(axis.size for axis in coupling.axes)
         of_class = torch.full((len(coupling.analysis.classes) + 1,), self.size)
         free = torch.zeros(self.size, dtype=torch.bool)
         self.rows: list[tuple[str, int, Tensor, Tensor]] = []
+        self.gates: list[tuple[str, int, Tensor, Tensor]] = []
         start = 0
         for axis in coupling.axes:
             of_class[axis.classes] = start + torch.arange(axis.size)
@@ -39,6 +45,9 @@ class Units:
             for slot in axis.having(PRODUCE):
                 index, unit = slot.index.to(device), (start + slot.unit).to(device)
                 self.rows.append((slot.parameter, slot.dim, index, unit))
+            for slot, own in _gates(axis, norms):
+                index, unit = slot.index[own].to(device), (start + slot.unit[own]).to(device)
+                self.gates.append((slot.parameter, slot.dim, index, unit))
             start += axis.size
         self._of_class, self._free = of_class.to(device), free.to(device)
 
@@ -69,3 +78,17 @@ class Units:
                 known = torch.where(unknown, known.nan_to_num(-torch.inf).max(), known)
                 found[name] = along(known, dim, len(shapes[name]))
         return found
+
+
+def _gates(axis: Axis, norms: Collection[str]) -> Iterator[tuple[Slot, Tensor]]:
+    """Slots, and which of their positions count; see `Units`."""
+    scaled = torch.zeros(axis.size, dtype=torch.bool)
+    for slot in axis.having(SCALE):
+        if slot.module in norms:
+            scaled[slot.unit] = True
+    makers = {slot.module for slot in axis.having(PRODUCE)}
+    for slot in axis.having(PRODUCE, SCALE, SHIFT):
+        if slot.module in norms:
+            yield slot, scaled[slot.unit]
+        elif slot.module in makers:
+            yield slot, ~scaled[slot.unit]

@@ -131,8 +131,10 @@ class SparsifyCallback(ScheduledCallback):
         else:
             sparsifier.release()  # nothing is asked: train as without a callback
         sparsifier.apply()
-        early = self._updates[0][0] > self.finished and not self.criteria.wants
-        if initial is not None and any(self._from) and early:
+        early = self._updates[0][0] > self.finished
+        if initial is not None and any(self._from) and early and self.criteria.wants:
+            self._updates = [(self.finished, 0.0), *self._updates]  # once there is what it wants
+        elif initial is not None and any(self._from) and early:
             sparsifier.sparsify_to(self._from, asked=self._to)
             self.history.append((self.finished, sparsifier.reached()))
         return any(self._to)
@@ -261,7 +263,7 @@ class KeepZeros(FitCallback):
         parameters = parameters_like({k: tuple(m.shape) for k, m in masks.items()}, model)
         self._weights = tuple(parameters.values())
         pairs = zip(masks.values(), self._weights, strict=True)
-        self._masks = tuple(m.to(w.device, torch.uint8) for m, w in pairs)
+        self._masks = tuple((m != 0).to(w.device, torch.uint8) for m, w in pairs)
         self.zeros = sum(int((mask == 0).sum()) for mask in self._masks)
         self.hold()
 

@@ -66,7 +66,8 @@ def rescale_dropout(
     ```
     The layer of a dropout is the one whose outputs it drops: of the layers with weights the last
     that runs before it, or where there is none the first that runs behind. Only dropout modules
-    are seen, no `functional.dropout`.
+    are seen, no `functional.dropout`. To rescale again once more is pruned, `undo()` first, or pass
+    the `connections` of before.
 
     Args:
         model: any network.
@@ -141,5 +142,7 @@ def _owners(network: nn.Module, inputs: Inputs) -> dict[str, str]:
             ahead = [plain(k) for k, layer in seen[:at] if layer][-1:]
             behind = [plain(k) for k, layer in seen[at:] if layer][:1]
             if ahead or behind:
-                found[name] = (ahead or behind)[0]
+                layer = (ahead or behind)[0]
+                last = f"{layer}.out_proj"  # of attention, which does not run it
+                found[name] = last if last in layers else layer
     return found

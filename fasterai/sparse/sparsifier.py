@@ -129,6 +129,9 @@ class Sparsifier:
         covered = {k: p for g in self._groups for k, p in g.parameters.items()}
         self._covered = covered
         self._shapes = {name: p.shape for name, p in covered.items()}
+        modules = dict(network.named_modules())
+        owners = [(k.rpartition("."), p) for k, p in covered.items()]
+        self._owners = [(modules[m], name, p) for (m, _, name), p in owners]
         self.masks: dict[str, Tensor] = {
             name: torch.ones_like(p, dtype=torch.uint8) for name, p in covered.items()
         }
@@ -167,9 +170,16 @@ class Sparsifier:
         self.regrow_to(self.targets(sparsity))
         return self.model
 
+    def hold_zeros(self) -> None:
+        """Hold all groups that are zero in the model, also whole layers, which else are fresh."""
+        for group in self._groups:
+            group.emptied = True
+        self._set(self._rankings(), [None] * len(self._groups))
+
     def apply(self) -> None:
         """Write +0.0 where the masks are 0; call after each optimizer step."""
         if self._any:
+            self._refuse_replaced()
             weights, masks = list(self._covered.values()), list(self.masks.values())
             if weights[0].device != masks[0].device:  # the model was moved
                 masks = [m.to(w.device) for m, w in zip(masks, weights, strict=True)]
@@ -318,6 +328,15 @@ class Sparsifier:
     def _scores(self, records: Lookup) -> list[Tensor]:
         criterion, relative = self.criteria.reading(records), self.context == "global"
         return [g.scores(criterion, relative=relative) for g in self._groups]
+
+    def _refuse_replaced(self) -> None:
+        for module, name, p in self._owners:
+            if module._parameters.get(name, p) is not p:
+                raise RuntimeError(
+                    f"{name!r} of a {type(module).__name__} is another parameter than when this "
+                    f"Sparsifier looked at the model, as after load_state_dict(assign=True): make "
+                    f"a new one"
+                )
 
     def _refuse_pruned(self) -> None:
         if any(p.shape != self._shapes[name] for name, p in self._covered.items()):

@@ -148,6 +148,7 @@ class LotteryTicket:
             for name, p in weights.items():
                 p.copy_(ticket.masks[name])  # its zeros are the mask's
         probe = self._sparsifier(network, self._example, "local", random_scores)
+        probe.hold_zeros()
         if Masks(probe.masks) != ticket.masks:
             raise ValueError(
                 f"the ticket's zeros are not whole groups of granularity "

@@ -24,7 +24,14 @@ _MASK, _WEIGHT = "mask/", "weight/"
 
 
 def write_ticket(masks: Masks, weights: Mapping[str, Tensor], step: int, file: Path) -> None:
-    """Write all of it or nothing: first under another name."""
+    """Write all of it or nothing: first under another name.
+
+    Raises:
+        ValueError: a weight of a type that such files do not hold.
+    """
+    for name, w in weights.items():
+        if w.dtype == torch.complex128:
+            raise ValueError(f"{name!r} is {w.dtype}, which safetensors files do not hold")
     bits = {f"{_MASK}{k}": _bits(mask) for k, mask in masks.items()}
     dense = {f"{_WEIGHT}{k}": w.detach().to("cpu", copy=True) for k, w in weights.items()}
     about = {"fasterai ticket": _FORMAT, "step": str(step), "shapes": json.dumps(masks.shapes)}

@@ -119,8 +119,7 @@ class Masks(Mapping[str, Tensor]):
     @property
     def sparsities(self) -> dict[str, float]:
         """The share of each parameter that is zero."""
-        found = self.report().set_index("parameter")["sparsity"]
-        return {name: float(found[name]) for name in self}
+        return {k: 1 - b.kept / max(1, prod(b.shape)) for k, b in self._bits.items()}
 
     def report(self) -> pd.DataFrame:
         """`parameter`, `weights`, `kept`, `sparsity`; last 'total'."""

@@ -67,6 +67,7 @@ class Ticket:
         Raises:
             ValueError: another network; nothing was changed.
         """
+        parameters_like(self.masks.shapes, model)
         restore(self.weights, model)
         return self.masks.apply_to(model)
 
