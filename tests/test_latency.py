@@ -25,6 +25,7 @@ from fasterai.prune import timed
 from fasterai.prune.budget import UnreachableTarget
 from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
+from fasterai.prune.timed import TimedBudget
 
 tv = torchvision.models
 aten = torch.ops.aten
@@ -157,6 +158,22 @@ def test_what_was_removed_before_counts_as_the_table_says(machine):
         assert pickle.loads(pickle.dumps(raised.value)).least == raised.value.least
         again.prune_to(Target(speedup=1.5))
         assert again.budget.dense == pytest.approx(dense.budget.dense, rel=0.02)
+
+
+def test_a_network_is_timed_once_until_it_is_cut(machine, monkeypatch):
+    machine()
+    made = []
+    monkeypatch.setattr(
+        TimedBudget, "_costs", lambda self, old=TimedBudget._costs: made.append(1) or old(self)
+    )
+    pruner, target = GradualPruner(*resnet()), Target(speedup=2)
+    pruner.check(target)
+    assert not pruner.arrived(target) and len(made) == 1
+    pruner.prune_to(target)
+    assert len(made) == 1 and pruner.arrived(target) and len(made) == 2
+    pruner.model.requires_grad_(False)
+    pruner.arrived(target)
+    assert len(made) == 3
 
 
 def test_step_by_step(machine):

@@ -88,6 +88,7 @@ class GradualPruner(Pruner):
         self._earlier, self._vanished = _removed(self._after, network, self._first)
         self._decision: Decision | None = None
         self._took: dict[tuple[int, int | None], float] = {}  # the dense network, in milliseconds
+        self._timed: tuple[Target, list[int], list[int], TimedBudget] | None = None  # the last one
         self._cut: tuple[Plan | None, Mapping[Dim, Tensor]] = None, {}
         self.watch()
 
@@ -225,8 +226,9 @@ class GradualPruner(Pruner):
         self._records = Records(self.criteria.wants, {n: parameters[n] for n in sorted(made)})
 
     def release(self) -> None:
-        """Let go of what only the criterion needs, until the next `watch`."""
+        """Let go of what only the criterion and a budget of time need, until the next `watch`."""
         self._records.release()
+        self._timed = None
 
     def try_criteria(self) -> None:
         """Score once, with numbers in place of records, so that what fails does so early."""
@@ -277,10 +279,14 @@ class GradualPruner(Pruner):
             )
         if not target.timed:
             return self._budget(target, axes, self.limits, gone)
+        free = [axis.bundles for axis in axes]
+        if self._timed is not None and self._timed[:3] == (target, gone, free):
+            return self._timed[3]  # it took measuring
         where = target, self.model, self.inputs, self._coupling, axes, self.limits, gone
         key = target.batch, target.threads
         budget = TimedBudget(*where, dense_ms=self._took.get(key))
         self._took.setdefault(key, budget.dense())
+        self._timed = target, gone, free, budget
         return budget
 
     def _carry_out(self, decision: Decision, optimizer: Any) -> Plan:
