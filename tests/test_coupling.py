@@ -312,3 +312,30 @@ def test_labels_of_a_view_lie_where_the_view_puts_the_elements(case):
     viewed = _viewed(labels, before, after)
     assert torch.equal(viewed.expand(after), labels.expand(before).reshape(after))
     assert torch.equal(viewed, compact(viewed.clone()))
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_attention_is_not_tied_to_what_it_reads_for_the_sake_of_another_layer(constant):
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fixed, self.last = (
+                nn.Linear(8, 16),
+                nn.Linear(16, 12),
+                nn.Linear(12, 3),
+            )
+            self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+        def forward(self, x):
+            x = self.embed(x)
+            q, k, v = (
+                f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+            )
+            x = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = self.fixed(self.o(x)).relu()
+            return self.last(x.reshape(-1, 5, 12) if constant else x)
+
+    found = couple(Heads(), Inputs.of(torch.randn(2, 5, 8)))
+    bundles = {axis.name: axis.bundles for axis in found.axes}
+    fixed = {"fixed": 0 if constant else 12}
+    assert bundles == {"embed": 16, "q": 4, "v": 4, "o": 16, "last": 0} | fixed

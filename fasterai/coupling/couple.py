@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,9 +65,12 @@ def couple(model: nn.Module, inputs: Inputs, *, whole_heads: bool = False) -> Co
     coupling = _assemble(model, analysis, found)
     likely = _packed(coupling)
     if likely:
-        if not _try(model, inputs, coupling, found, halving=False):
+        where = model, inputs, coupling
+        if not _breaks(*where, range(len(coupling.axes))):
             return coupling
-        if _tie_together(model, inputs, coupling, likely, found):  # else half a dozen trials later
+        if _breaks(*where, [a for _, *own in likely for a in own]) and _tie_together(
+            *where, likely, found
+        ):  # what is below would find out so, too, in half a dozen trials
             coupling = _assemble(model, analysis, found)
     for _ in range(_ROUNDS):
         failed = _try(model, inputs, coupling, found)
@@ -113,16 +116,13 @@ def _try(
     coupling: Coupling,
     found: _Found,
     *,
-    halving: bool = True,
     one_by_one: bool = False,
 ) -> dict[int, str]:
     """Why axes cannot be cut, by their place.
 
-    Siblings in repeated layers are tried together, and stand or fall so, unless one by one; so do
-    all axes, unless halving.
+    Siblings in repeated layers are tried together, and stand or fall so, unless one by one.
     """
-    generator = torch.Generator().manual_seed(0)
-    some = {a: _some(axis, generator) for a, axis in enumerate(coupling.axes) if axis.bundles > 1}
+    some = _parts(coupling)
     whole = found.whole(coupling)
 
     def attempt(groups: list[tuple[int, ...]]) -> str | None:
@@ -131,9 +131,6 @@ def _try(
 
     failed: dict[tuple[int, ...], str] = {}
     groups = _siblings(coupling, list(some))
-    if not halving:
-        reason = attempt(groups)
-        return {} if reason is None else dict.fromkeys(some, reason)
     alone = [g for g in groups if whole[coupling.axes[g[0]].classes.numpy()].any()]
     good = settle([], alone, attempt, failed)  # heads are cut without what their layers read
     good = settle(good, [g for g in groups if g not in alone], attempt, failed)
@@ -143,6 +140,19 @@ def _try(
             del failed[group]
         settle(good, [(a,) for group in torn for a in group], attempt, failed)
     return {a: reason for group, reason in failed.items() for a in group}
+
+
+def _breaks(model: nn.Module, inputs: Inputs, coupling: Coupling, axes: Iterable[int]) -> bool:
+    """Whether the network cannot be cut in these axes, all at once."""
+    some = _parts(coupling)
+    remove = {a: some[a] for a in axes if a in some}
+    return wiring(model, inputs, coupling, coupling.axes, remove, modes=[False])[0] is not None
+
+
+def _parts(coupling: Coupling) -> dict[int, Tensor]:
+    """Of each axis some units to try, by its place."""
+    generator = torch.Generator().manual_seed(0)
+    return {a: _some(axis, generator) for a, axis in enumerate(coupling.axes) if axis.bundles > 1}
 
 
 def _siblings(coupling: Coupling, axes: Sequence[int]) -> list[tuple[int, ...]]:
