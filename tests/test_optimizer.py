@@ -140,10 +140,22 @@ def zeroed(model, optimizer, lost):
     return hold
 
 
+def rounding(model, x):
+    """Biases before batch norms: their gradients are what rounding leaves of 0."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    loss = model(x).square().sum()
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    largest = {
+        k: 1.0 if g is None else float(g.abs().max()) for k, g in zip(names, found, strict=True)
+    }
+    return {k for k, size in largest.items() if size < 1e-10 and k.endswith("bias")}
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("network", [Residual, Plain])
 def test_the_next_steps_are_those_of_the_full_network(network, name):
     model = make(network, torch.float64).train()
+    before_norms = rounding(model, images(dtype=torch.float64))
     optimizer = KINDS[name](list(model.parameters()), lr=1e-2)
     for seed in range(7):
         step(model, optimizer, seed)
@@ -162,7 +174,8 @@ def test_the_next_steps_are_those_of_the_full_network(network, name):
         large = dict(full.named_parameters())
         for key, p in model.named_parameters():
             left = large[key].detach()[~lost[key]].view(p.shape)
-            assert torch.allclose(p, left, rtol=1e-9, atol=1e-11), (key, seed)
+            if key not in before_norms:
+                assert torch.allclose(p, left, rtol=1e-9, atol=1e-11), (key, seed)
 
 
 @pytest.mark.parametrize("kind", [Residual, Depthwise, Gated, Mlp])

@@ -93,6 +93,11 @@ class Processes:
             raise RuntimeError(f"process {where} failed: {said[where]}")
         return result
 
+    def first_of(self, value: T | None) -> T | None:
+        """Of the values of all processes the first that is not None."""
+        values = self._gathered(value) if self else [value]
+        return next((own for own in values if own is not None), None)
+
     def must_agree(self, value: Any, what: str) -> None:
         """Refuse values that differ between processes, in all of them.
 

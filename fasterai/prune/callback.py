@@ -295,10 +295,10 @@ class PruneCallback(ScheduledCallback):
         """What is asked of the layers that train; None where nothing is yet."""
         pruner, asked = self._pruner, self.sparsity
         if isinstance(asked, Target):
-            why = self._processes.decided(lambda: _why_unreachable(pruner, asked, False))
+            why = self._why_unreachable(asked)
             if why is None:
                 return asked
-            if self._processes.decided(lambda: _why_unreachable(pruner, asked, True)):
+            if not pruner.frozen_share or self._why_unreachable(asked, thawed=True):
                 raise UnreachableTarget(*why)
             self.warn(f"{asked} cannot be met while layers are frozen: it waits")
             return None
@@ -308,6 +308,18 @@ class PruneCallback(ScheduledCallback):
             frozen = pruner.frozen_layers
             return {name: share for name, share in asked.items() if name not in frozen}
         return asked
+
+    def _why_unreachable(self, target: Target, *, thawed: bool = False) -> tuple[str, float] | None:
+        """What the first process says that calls it so: each measures for itself."""
+
+        def own() -> tuple[str, float] | None:
+            try:
+                self._pruner.check(target, thawed=thawed)
+            except UnreachableTarget as error:
+                return str(error), error.least
+            return None
+
+        return self._processes.first_of(self._processes.together(own))
 
     def _anything_free(self) -> bool:
         pruner = self._pruner
@@ -321,16 +333,6 @@ class PruneCallback(ScheduledCallback):
             reasons = pruner.axes()["pinned"].tolist()
             raise ValueError(f"the model has nothing to prune: {'; '.join(map(str, reasons[:5]))}")
         return pruner.free > 0
-
-
-def _why_unreachable(
-    pruner: GradualPruner, target: Target, thawed: bool
-) -> tuple[str, float] | None:
-    try:
-        pruner.check(target, thawed=thawed)
-    except UnreachableTarget as error:
-        return str(error), error.least
-    return None
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -87,7 +87,7 @@ class Gradients:
 
         A filter in front of a batch norm may be scaled as one likes: in training its weights times
         their gradients add up to no more than what the norm's epsilon leaves of 0. So the gate is
-        behind the norm (section 3.2 of the paper).
+        behind the norm, as the paper has it.
         """
         change = torch.zeros_like(self._per_unit)
         for name, dim, index, unit in self._units.gates:
