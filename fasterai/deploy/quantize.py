@@ -25,7 +25,7 @@ def quantize_onnx(
     batches: Iterable[Any],
     *,
     n_batches: int = 8,
-    reduce_range: bool = False,
+    reduce_range: bool | None = None,
 ) -> float:
     """Write an ONNX file whose weights and activations have 8 bits.
 
@@ -38,7 +38,8 @@ def quantize_onnx(
         out: where to.
         batches: a `DataLoader` or any other iterable of batches in evaluation form, inputs first.
         n_batches: how many of them are looked at.
-        reduce_range: weights of 7 bits, for x86 CPUs without VNNI, where sums of 8 bits overflow.
+        reduce_range: weights of 7 bits, for x86 CPUs without VNNI, where sums of 8 bits overflow;
+            None takes what comes nearer on this machine.
 
     Returns:
         How far the outputs are apart on the first batch, as a share of their norm.
@@ -62,18 +63,26 @@ def quantize_onnx(
         ready, small = Path(folder, "ready.onnx"), Path(folder, out.name)
         quant_pre_process(file, ready, skip_symbolic_shape=True)
         _pad_averages(ready)
-        quantize_static(
-            ready,
-            small,
-            _Reader(feeds),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            reduce_range=reduce_range,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
-        after = _run(session_of(small), feeds)
-        os.replace(small, out)
+        found: dict[float, Path] = {}
+        for reduced in (False, True) if reduce_range is None else (reduce_range,):
+            tried = small.with_name(f"{reduced}-{small.name}")
+            quantize_static(
+                ready,
+                tried,
+                _Reader(feeds),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                reduce_range=reduced,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+            found.setdefault(_apart(before, _run(session_of(tried), feeds)), tried)
+        os.replace(found[min(found)], out)
+    return min(found)
+
+
+def _apart(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> float:
+    """The norm of the difference, as a share of what there was before."""
     apart = sum(float(np.square(a - b).sum()) for a, b in zip(before, after, strict=True))
     size = sum(float(np.square(a).sum()) for a in before)
     return (apart / size) ** 0.5 if size else apart**0.5
