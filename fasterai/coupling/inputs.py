@@ -218,6 +218,11 @@ def operands_in(tree: Sequence[Any]) -> list[Tensor]:
     return found
 
 
+def _is_cache(x: Any) -> bool:
+    """Whether it is a `DynamicCache` or another of transformers', under whatever name."""
+    return type(x).__name__.endswith("Cache")
+
+
 def tensors_in(tree: Any) -> list[Tensor]:
     """All tensors in nested lists, tuples, dicts and objects that hold such.
 
@@ -230,7 +235,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
     while todo:
         item = todo.pop(0)
         if isinstance(item, Mapping):
-            item = {k: v for k, v in item.items() if k != "past_key_values"}
+            item = {k: v for k, v in item.items() if k != "past_key_values" and not _is_cache(v)}
         for leaf in tree_leaves(item):
             if isinstance(leaf, Tensor):
                 found.append(leaf)
