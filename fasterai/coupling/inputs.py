@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class Inputs:
         Raises:
             ValueError: they have no batch dimension in common, or no samples are asked for.
         """
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        if isinstance(samples, bool) or not isinstance(samples, Integral) or samples < 1:
             raise ValueError(f"a batch has one sample or more, got {samples!r}")
         if self.samples is None:
             raise ValueError(
