@@ -280,9 +280,11 @@ def test_fine_tune_with_every_kind_of_amount(asked, context, widths):
     if isinstance(asked, dict):
         asked = {f"body.{k}" if k == "c1" else k: v for k, v in asked.items()}
     cb = PruneCallback(asked, context, schedule=QUICK)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         learn.fine_tune(2, cbs=[cb])
+    waits = isinstance(asked, dict) and "body.c1" in asked
+    assert any("wait until they train: body.c1" in str(w.message) for w in said) == waits
     if isinstance(asked, Units):
         assert cb.removed == 12 and cb.arrived()
     elif isinstance(asked, Target):

@@ -305,7 +305,9 @@ class PruneCallback(ScheduledCallback):
         if isinstance(asked, Units) and pruner.frozen_share:
             return Units(round(asked.n * (1 - pruner.frozen_share)))
         if isinstance(asked, Mapping):
-            frozen = pruner.frozen_layers
+            frozen = pruner.frozen_layers & asked.keys()
+            if frozen:
+                self.warn(f"frozen layers wait until they train: {', '.join(sorted(frozen))}")
             return {name: share for name, share in asked.items() if name not in frozen}
         return asked
 

@@ -88,7 +88,7 @@ class GradualPruner(Pruner):
         self._earlier, self._vanished = _removed(self._after, network, self._first)
         self._decision: Decision | None = None
         self._took: dict[tuple[int, int | None], float] = {}  # the dense network, in milliseconds
-        self._timed: tuple[Target, list[int], list[int], TimedBudget] | None = None  # the last one
+        self._timed: tuple[Target, list[int], list[Any], TimedBudget] | None = None  # the last one
         self._cut: tuple[Plan | None, Mapping[Dim, Tensor]] = None, {}
         self.watch()
 
@@ -279,14 +279,14 @@ class GradualPruner(Pruner):
             )
         if not target.timed:
             return self._budget(target, axes, self.limits, gone)
-        free = [axis.bundles for axis in axes]
-        if self._timed is not None and self._timed[:3] == (target, gone, free):
+        pins = [axis.pins for axis in axes]  # other layers may be frozen now
+        if self._timed is not None and self._timed[:3] == (target, gone, pins):
             return self._timed[3]  # it took measuring
         where = target, self.model, self.inputs, self._coupling, axes, self.limits, gone
         key = target.batch, target.threads
         budget = TimedBudget(*where, dense_ms=self._took.get(key))
         self._took.setdefault(key, budget.dense())
-        self._timed = target, gone, free, budget
+        self._timed = target, gone, pins, budget
         return budget
 
     def _carry_out(self, decision: Decision, optimizer: Any) -> Plan:
