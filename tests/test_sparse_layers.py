@@ -21,7 +21,7 @@ def emptied(layer, share=0.9):
 @pytest.fixture
 def clock(monkeypatch):
     """Lets a test say which kinds are fast."""
-    times = {"dense": 2.0, "rows": 1.0, "columns": 0.5, "samples": 0.5}
+    times = {"dense": 2.0, "rows": 1.0, "columns": 0.5, "samples": 0.5, "compact": 1.95}
 
     def told(networks, x, **_):
         for network in networks.values():
@@ -88,20 +88,37 @@ def test_faster_layers_are_converted_and_others_are_not(clock):
     assert type(small[2]) is type(small[3]) is type(small[4]) is nn.Conv2d
     with torch.no_grad():
         assert apart(model(x), small(x)) < 1e-6
-    assert table["layer"].tolist() == ["0", "6", "7", "8"]
-    assert table["reason"].tolist() == ["", "fewer than 50% of its weights are zero", "", ""]
+    table = table.set_index("layer")
+    assert table.index.tolist() == ["0", "2", "3", "6", "7", "8"]
+    few = "fewer than 50% of its weights are zero"
+    scattered = "too few whole rows or columns are zero"
+    assert table["reason"].tolist() == ["", scattered, "only 1 times as fast", few, "", ""]
     share = float((model[7].weight == 0).float().mean())
-    assert table["zeros"][2] == pytest.approx(share)
+    assert table["zeros"]["7"] == pytest.approx(share)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_pre_hooks for m in [*model, *small])
     clock["columns"] = 1.5
     small, table = sparse_linear(model, x)
-    assert small[7].by == "rows" and table["kind"][2] == "rows"
+    assert small[7].by == "rows" and table["kind"][4] == "rows"
     clock.update(rows=1.9, columns=3.0)
     small, table = sparse_linear(model, x)
-    assert type(small[7]) is nn.Linear and table["reason"][2] == "only 1.1 times as fast"
+    assert type(small[7]) is nn.Linear and table["reason"][4] == "only 1.1 times as fast"
     small, _ = sparse_linear(model, x, gain=1.01)
     assert type(small[7]) is SparseLinear
+
+
+def test_channels_of_zeros_are_not_computed(clock):
+    """Also those of a layer of which less than half is zero, and of a conv with larger kernels."""
+    clock.update(samples=1.9, rows=1.9, columns=1.9, compact=1.0)
+    model, x = network(), torch.randn(4, 3, 4, 4)
+    with torch.no_grad():
+        for layer in (model[2], model[6]):
+            layer.weight.fill_(1)[:4] = 0
+    small, table = sparse_linear(model, x)
+    assert table.set_index("layer")["kind"][["2", "6"]].tolist() == ["compact"] * 2
+    assert len(small[2].layer.weight) == len(small[6].layer.weight) == 12
+    with torch.no_grad():
+        assert apart(model(x), small(x)) < 1e-6
 
 
 def test_copies_go_to_files_and_back(clock, tmp_path):

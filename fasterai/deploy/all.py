@@ -1,5 +1,6 @@
 """Everything that takes networks out: `from fasterai.deploy.all import *`."""
 
+from .compact_layers import *
 from .export import *
 from .files import *
 from .fold import *

@@ -1,4 +1,4 @@
-"""Linear layers and 1x1 convs that multiply with what is not zero alone, on the CPU.
+"""Layers that multiply with what is not zero alone, on the CPU.
 
 Where a gain begins depends on the machine, the layer and what arrives at it, so it is measured.
 """
@@ -19,11 +19,13 @@ from ..core.names import unwrapped
 from ..coupling.inputs import Inputs, operands_in, run_quietly
 from ..coupling.probe import settle
 from ..measure.profile import compare
+from .compact_layers import CompactLayer, can_be_compact, saving
 from .comparison import Comparison, copied
 
 __all__ = ["SparseConv", "SparseLinear", "sparse_linear"]
 
-_LEAST = 0.5  # share of zeros below which nothing is measured
+_LEAST = 0.5  # share of zeros below which sparse matrices are not measured
+_LEAST_CHANNELS = 0.05  # the same for what stands in rows and columns of zeros
 
 
 class _Sparse(nn.Module):
@@ -120,8 +122,10 @@ def sparse_linear(
     """A copy of a network in which layers skip zeros where that was measured to be faster.
 
     Linear layers and 1x1 convs of which at least half is zero are timed as they are and with
-    torch's sparse matrices, on inputs of the shapes that the example inputs have there, with as
-    many threads as torch uses. The copy is for inference on the CPU.
+    torch's sparse matrices; these and other convs also as a `CompactLayer`, where whole rows or
+    columns are zero and could not be removed. They are timed on inputs of the shapes that the
+    example inputs have there, with as many threads as torch uses. The copy is for inference on the
+    CPU.
 
     Args:
         model: a network on the CPU; it is left as it was.
@@ -179,13 +183,21 @@ _Kinds = dict[str, Callable[[Any], nn.Module]]
 
 
 def _kinds(layer: nn.Module) -> _Kinds:
-    """The sparse forms that a layer may take, by name."""
+    """The forms that a layer may take, by name."""
+    kinds: _Kinds = {}
     if type(layer) is nn.Linear:
-        return {"rows": lambda m: SparseLinear(m, "rows"), "columns": SparseLinear}
-    if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        return {}
-    pointwise = {*layer.kernel_size, *layer.stride, layer.groups} == {1}
-    return {"samples": SparseConv} if pointwise and _unpadded(layer) else {}
+        kinds = {"rows": lambda m: SparseLinear(m, "rows"), "columns": SparseLinear}
+    elif type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        pointwise = {*layer.kernel_size, *layer.stride, layer.groups} == {1}
+        kinds = {"samples": SparseConv} if pointwise and _unpadded(layer) else {}
+    return kinds | ({"compact": CompactLayer} if can_be_compact(layer) else {})
+
+
+def _worthwhile(layer: nn.Module, zeros: float) -> _Kinds:
+    """The forms that may be faster with so many zeros, as they are spread."""
+    compact = can_be_compact(layer) and saving(layer) >= _LEAST_CHANNELS
+    may = {kind: compact if kind == "compact" else zeros >= _LEAST for kind in _kinds(layer)}
+    return {kind: form for kind, form in _kinds(layer).items() if may[kind]}
 
 
 def _unpadded(conv: nn.Module) -> bool:
@@ -225,12 +237,14 @@ def _measured(
     weight = layer.weight.detach()
     zeros = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
     row: dict[str, Any] = {"zeros": zeros, "reason": ""}
-    if zeros < _LEAST:
-        return row | {"reason": f"fewer than {_LEAST:.0%} of its weights are zero"}
+    kinds = _worthwhile(layer, zeros)
+    if not kinds:
+        few = f"fewer than {_LEAST:.0%} of its weights are zero"
+        return row | {"reason": few if zeros < _LEAST else "too few whole rows or columns are zero"}
     if not arrived:
         return row | {"reason": "it did not run on the example inputs"}
     try:
-        forms = {"dense": layer} | {kind: form(layer) for kind, form in _kinds(layer).items()}
+        forms = {"dense": layer} | {kind: form(layer) for kind, form in kinds.items()}
         taken = dict.fromkeys(forms, 0.0)
         for (shape, strides, dtype), times in arrived.items():
             x = torch.empty_strided(shape, strides, dtype=dtype).normal_()
@@ -239,7 +253,7 @@ def _measured(
                 taken[form] += ms * times
     except RuntimeError as error:  # no kernel for the type, or for this machine
         return row | {"reason": f"torch cannot run it: {error}"}
-    kind = min(_kinds(layer), key=taken.__getitem__)
+    kind = min(kinds, key=taken.__getitem__)
     row |= {"dense_ms": taken["dense"], "sparse_ms": taken[kind], "kind": kind}
     ratio = taken["dense"] / taken[kind]
     return row if ratio >= gain else row | {"reason": f"only {ratio:.2g} times as fast"}
