@@ -7,6 +7,8 @@ import random
 import pytest
 import torch
 import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import ALL, Mlp, Residual, conv, images, make
 from test_callback import data, learner
 from torch import nn, optim
@@ -170,6 +172,25 @@ def test_equal_shares_and_only_as_many_of_the_last_step_as_it_takes():
     assert by_share(costs, queues, 15, shares) == [5, 5, 5]
     assert sorted(by_share(costs, queues, 14, shares)) == [5, 5, 6]
     assert by_share(costs, queues, 30, shares) == [0, 0, 0]
+
+
+def test_shares_go_to_the_nearest_step():
+    """So that a narrow layer whose steps are large does not stay whole beside wide ones."""
+    sizes, steps = (32, 320), (range(16, 32, 16), range(16, 320, 16))
+    costs = Costs([(1.0, [(n, ((a, 1),))]) for a, n in enumerate(sizes)], 2)
+    queues = [queue([1.0] * n, steps=s) for n, s in zip(sizes, steps, strict=True)]
+
+    def shares(share):
+        return [round(share * n) for n in sizes]
+
+    assert by_share(costs, queues, 0.6 * sum(sizes), shares) == [16, 128]
+
+
+@given(st.sets(st.integers(1, 30)), st.integers(0, 35), st.integers(0, 30))
+def test_the_nearest_step(steps, n, due):
+    queue = Queue(torch.arange(30)[:, None], [0.0] * 31, None, sorted(steps), due)
+    brute = min({0, *steps}, key=lambda s: (abs(s - n), s))
+    assert queue.nearest(n) == max(due, brute)
 
 
 # --- a whole network ---------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -59,9 +60,13 @@ class Queue:
         left = self.importance[-1] - self.importance[done]
         return self.weight * lost / left if left > 0 else 0.0
 
-    def fitting(self, n: int) -> int:
-        """The largest number that may go, of those up to `n`, but not less than is due."""
-        return max(self.due, max((s for s in self.steps if s <= n), default=0))
+    def nearest(self, n: int) -> int:
+        """The number nearest to `n` that may go, the smaller of two, but not less than is due."""
+        i = bisect_right(self.steps, n)
+        less = self.steps[i - 1] if i else 0
+        more = self.steps[i] if i < len(self.steps) else less
+        near = more if more - n < n - less else less
+        return max(self.due, near)
 
 
 def queues_of(
@@ -169,8 +174,10 @@ def by_share(
 ) -> list[int]:
     """How many bundles of each axis go: the smallest share of each that meets the goal.
 
-    Where the last step would take some of many axes, it is taken by as many as it needs. Where it
-    takes a large unit, others may keep one more.
+    Of the numbers that may go it is the nearest to that share, so that no layer stays wider than
+    others because its steps, those of `round_to`, are large. Where the last step would take some
+    of many axes, it is taken by as many as it needs. Where it takes a large unit, others may keep
+    one more.
 
     Args:
         costs: of the network.
@@ -180,7 +187,7 @@ def by_share(
     """
 
     def at(share: float) -> list[int]:
-        return [q.fitting(n) for q, n in zip(queues, shares(share), strict=True)]
+        return [q.nearest(n) for q, n in zip(queues, shares(share), strict=True)]
 
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
