@@ -27,6 +27,7 @@ from fasterai.core.schedule import (
     one_cycle,
     one_shot,
 )
+from fasterai.prune.callback import PruneCallback
 from fasterai.prune.pruner import Pruner
 from fasterai.score.criteria import wanda
 from fasterai.sparse.callback import SparsifyCallback
@@ -165,6 +166,37 @@ def test_fine_tune_leaves_the_frozen_body_alone_then_sparsifies_it():
     with pytest.warns(UserWarning, match=r"learn\.unfreeze\(\)"):
         learn.fine_tune(2, cbs=[SparsifyCallback(0.5, "filter"), watch])
     assert watch.seen[:8] == [0] * 8 and watch.seen[-1] == 8
+
+
+@pytest.mark.parametrize("granularity", ["filter", "weight"])
+@pytest.mark.parametrize("name", ["0.0", "0"])
+def test_what_is_asked_of_frozen_layers_waits(name, granularity):
+    """By the name of the layer, or of a block."""
+    torch.manual_seed(0)
+    body = nn.Sequential(conv(3, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    head = nn.Sequential(nn.Linear(8, 6), nn.ReLU())
+    learn = learner(
+        nn.Sequential(body, head, nn.Linear(6, 4)),
+        splitter=lambda m: [list(m[0].parameters()), [*m[1].parameters(), *m[2].parameters()]],
+    )
+    asked = {name: 0.5, "1": 0.5}
+    with pytest.warns(UserWarning, match="frozen layers wait until they train: 0"):
+        learn.freeze()
+        learn.fit(1, cbs=SparsifyCallback(asked, granularity))
+    assert learn.model[0][0].weight.all() and (learn.model[1][0].weight == 0).sum() == 24
+    learn.unfreeze()
+    learn.fit(1, cbs=SparsifyCallback(asked, granularity))
+    assert (learn.model[0][0].weight == 0).sum() == 4 * 27
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_not_together_with_what_cuts(first):
+    learn = learner()
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    cbs = [SparsifyCallback(0.5, "filter"), PruneCallback(0.5, schedule=one_shot.over(0, 0))]
+    with pytest.raises(ValueError, match="SparsifyCallback and PruneCallback do not go together"):
+        learn.fit(1, cbs=cbs if first else cbs[::-1])
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
 
 
 def test_a_second_fit_goes_on_where_the_first_stopped():

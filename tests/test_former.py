@@ -4,14 +4,24 @@ import inspect
 
 import pytest
 import torch
+from fastai.learner import Learner
+from fastai.optimizer import SGD
 from torch import nn
 
 from fasterai.core.criteria import large_final
 from fasterai.core.former import FORMER, explain_former
 from fasterai.core.schedule import Schedule, agp
+from fasterai.deploy.sparse_files import load_sparse
+from fasterai.measure.profile import macs, profile
+from fasterai.prune.callback import PruneCallback
+from fasterai.prune.optimizer import carry_optimizer
 from fasterai.prune.pruner import Pruner
+from fasterai.prune.search import particle_search
+from fasterai.report.page import report
+from fasterai.report.sweep import sweep
 from fasterai.sparse.callback import SparsifyCallback
 from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.tickets.callback import LotteryTicket
 
 
 def net():
@@ -44,6 +54,8 @@ X = torch.randn(2, 1, 8, 8)
             lambda m: Pruner(m, X).plan_for(0.5, schedule=agp),
             "plan_for takes no argument 'schedule'",
         ),
+        (lambda m: PruneCallback(0.5, layers="0"), r"PruneCallback.*'layers'.*exclude=\['head'\]"),
+        (lambda m: PruneCallback(0.5, granularity="weight"), "'granularity': whole channels go"),
         (lambda m: Schedule(abs, start_pct=0.2), "Schedule takes no argument 'start_pct'.*over"),
         (lambda m: Pruner(m, X, ignored_layers=[m[0]]), "'ignored_layers': pass exclude"),
     ],
@@ -80,3 +92,37 @@ def test_other_mistakes_and_signatures_are_as_python_has_them():
         SparsifyCallback()
     names = ["sparsity", "granularity", "context", "criteria", "schedule"]
     assert list(inspect.signature(SparsifyCallback).parameters)[:5] == names
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda learn: macs(learn, X), "got Learner; pass learn.model"),
+        (lambda learn: profile(learn, X), "got Learner; pass learn.model"),
+        (lambda learn: Pruner(learn, X), "got Learner; pass learn.model"),
+        (lambda learn: LotteryTicket(learn.model, 0.5), "takes a fastai Learner, got Sequential"),
+        (lambda learn: particle_search(learn.model, [], 0.5, loss_func=abs), "takes a Pruner"),
+        (lambda learn: carry_optimizer(learn.opt, Pruner(learn.model, X).plan), "plan is None"),
+        (lambda learn: report("a.html", networks=learn.model, example_inputs=X), "go by name"),
+        (lambda learn: load_sparse(learn.model, "a"), "the file comes first"),
+        (
+            lambda learn: sweep(learn, [SparsifyCallback(0.5)], 1),
+            r"lambda: SparsifyC\w+\(...\)",
+        ),
+    ],
+)
+def test_one_thing_for_another(call, message):
+    learn = Learner(None, net(), nn.CrossEntropyLoss(), opt_func=SGD)
+    learn.create_opt()
+    with pytest.raises(TypeError, match=message):
+        call(learn)
+
+
+def test_tickets_want_fractions():
+    with pytest.raises(ValueError, match="fraction"):
+        LotteryTicket(Learner(None, net(), nn.CrossEntropyLoss()), 50)
+
+
+def test_a_page_in_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere for a.html"):
+        report(tmp_path / "nowhere" / "a.html", networks={"a": net()}, example_inputs=X)

@@ -249,6 +249,7 @@ def test_fine_tune_leaves_the_frozen_body_alone_then_prunes_it():
         (Target(macs=0.3), "local", None),
         ({"c1": 0.5}, "local", 8),
         ({"fc": 0.5}, "local", 16),
+        ({"body": 0.5}, "local", 8),
     ],
 )
 def test_fine_tune_with_every_kind_of_amount(asked, context, widths):
@@ -278,13 +279,13 @@ def test_fine_tune_with_every_kind_of_amount(asked, context, widths):
     x = learn.dls.one_batch()[0]
     dense = macs(learn.model, x)[""]
     if isinstance(asked, dict):
-        asked = {f"body.{k}" if k == "c1" else k: v for k, v in asked.items()}
+        asked = {"body.c1" if k == "c1" else k: v for k, v in asked.items()}
     cb = PruneCallback(asked, context, schedule=QUICK)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         learn.fine_tune(2, cbs=[cb])
-    waits = isinstance(asked, dict) and "body.c1" in asked
-    assert any("wait until they train: body.c1" in str(w.message) for w in said) == waits
+    waits = isinstance(asked, dict) and "fc" not in asked
+    assert any("wait until they train: body" in str(w.message) for w in said) == waits
     if isinstance(asked, Units):
         assert cb.removed == 12 and cb.arrived()
     elif isinstance(asked, Target):
@@ -292,6 +293,20 @@ def test_fine_tune_with_every_kind_of_amount(asked, context, widths):
     else:
         assert learn.model.body.c1.out_channels == widths
         assert learn.model.fc.out_features == (20 if widths == 8 else 10)
+
+
+def test_layers_of_a_block_and_the_innermost_name_counts():
+    model = nn.Sequential(nn.Sequential(conv(3, 8), conv(8, 8), conv(8, 8)), conv(8, 4, 1))
+    Pruner(model, torch.randn(2, 3, 8, 8)).prune_model({"0": 0.5, "0.1": 0.25})
+    assert [c.out_channels for c in model[0]] == [4, 6, 4]
+    with pytest.raises(ValueError, match="no layer '0.7'"):
+        Pruner(model, torch.randn(2, 3, 8, 8)).prune_model({"0.7": 0.5})
+
+
+def test_limits_under_which_nothing_goes_are_told():
+    learn = learner()
+    with pytest.warns(UserWarning, match="nothing was removed.*min_keep and round_to"):
+        learn.fit(1, cbs=PruneCallback(0.5, min_keep=1000, schedule=QUICK))
 
 
 def test_a_target_that_nothing_can_meet_is_refused_while_frozen():

@@ -126,8 +126,8 @@ def _targets(batch: Batch) -> Tensor:
     target = batch.targets[0] if len(batch.targets) == 1 else None
     if not isinstance(target, Tensor):
         raise ValueError("a batch must be inputs and one tensor of class numbers")
-    if target.ndim == 1 and not target.is_floating_point() and target.dtype != torch.bool:
-        return target.cpu().long()
+    if batch.classes is not None:
+        return batch.classes.cpu().long()
     what = f"targets of shape {tuple(target.shape)} and type {target.dtype}"
     if target.ndim == 2:
         raise ValueError(

@@ -212,34 +212,25 @@ class _Measure:
         within = nullcontext() if how is None else shadowed(self.network, how)
         with run_quietly(self.network), within:
             for batch in self.batches:
-                total += batch.size * float(self.func(batch.inputs(self.network), *batch.targets))
+                total += batch.size * float(batch.compared(self.func, batch.inputs(self.network)))
         return float(total) / sum(batch.size for batch in self.batches)
 
 
 def _measure(network: nn.Module, batches: Sequence[Batch], metric: Any, loss_func: Any) -> _Measure:
     if metric is None:
-        metric = "accuracy" if all(map(_tells_classes, batches)) else "loss"
+        metric = "accuracy" if all(b.classes is not None for b in batches) else "loss"
     if callable(metric):
         return _Measure(network, batches, getattr(metric, "__name__", "metric"), metric)
     if metric not in ("accuracy", "loss"):
         raise ValueError(f"metric must be 'accuracy', 'loss' or a function, got {metric!r}")
     if metric == "loss" and loss_func is None:
         raise ValueError("to measure the loss, pass loss_func, as in loss_func=learn.loss_func")
-    if metric == "accuracy" and not all(map(_tells_classes, batches)):
+    if metric == "accuracy" and any(b.classes is None for b in batches):
         raise ValueError(
             "accuracy needs one class number for each example: pass metric='loss' or a function of "
             "outputs and targets, higher = better"
         )
     return _Measure(network, batches, metric, loss_func if metric == "loss" else _accuracy)
-
-
-def _tells_classes(batch: Batch) -> bool:
-    target = batch.targets[0] if len(batch.targets) == 1 else None
-    return (
-        isinstance(target, Tensor)
-        and target.ndim == 1
-        and target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    )
 
 
 def _accuracy(outputs: Tensor, target: Tensor) -> Tensor:
@@ -249,4 +240,4 @@ def _accuracy(outputs: Tensor, target: Tensor) -> Tensor:
             f"accuracy needs scores (examples, classes) from the network, got {got}: pass "
             f"metric='loss' or a function"
         )
-    return (outputs.argmax(1) == target).double().mean()
+    return (outputs.argmax(1) == target.flatten()).double().mean()

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..core.names import unwrapped
-from ..score.batches import Batch, as_batch, drawn, first_batches
+from ..score.batches import Batch, as_batch, drawn, first_batches, n_inputs
 
 __all__ = ["batches_of", "loader_of", "network_of"]
 
@@ -60,8 +60,9 @@ def batches_of(
         from fastprogress.fastprogress import progress_bar  # takes a second to import
 
         batches = progress_bar(batches, total=total, leave=False)
-    n_inp, batch = getattr(dl, "n_inp", None), None
+    batch = None
     with drawn(dl, network):
+        n_inp = n_inputs(dl)
         for each in batches:
             batch = as_batch(each, network, n_inp)
             yield batch

@@ -1,4 +1,4 @@
-"""Errors for the arguments of former versions, which say what takes their place."""
+"""Errors for arguments of former versions, and of neighbours, which say what takes their place."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ _TICKET = (
 _SPAN = "a schedule has its own span, as in schedule=agp.over(start=0.2, end=0.8)"
 _RANK = "pass it to prune_model, as in Pruner(model, example_inputs).prune_model(0.4)"
 
-FORMER = {  # up to 0.4.1
+FORMER = {  # up to 0.4.1, or of others here
     "context": _RANK,
     "criteria": _RANK,
     "data": "score on it first, as in criteria=score(model, dl, wanda)",
     "end_epoch": _SPAN,
     "end_pct": _SPAN,
     "end_sparsity": "pass sparsity=0.4, or sparsity=(0.1, 0.4) to start from 0.1",
+    "granularity": "whole channels go; for smaller groups zero with Sparsifier or SparsifyCallback",
     "ignored_layers": "pass exclude, names or types of layers",
     "iterative_steps": "prune while training: PruneCallback(0.4, schedule=agp.over(n_steps=5))",
     "layer_type": "pass layers, types or names of layers, as in layers=nn.Conv2d",
+    "layers": "name what stays, as in exclude=['head']; or {layer: share} as the sparsity",
     "lth": _TICKET,
     "model": "it is learn.model; for a part of it pass layers, the part's name",
     "nm": "pass granularity='2:4', where sparsity 0.5 is the whole pattern",

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 __all__ = [
     "LayerChoice",
     "as_choices",
+    "asked_of",
     "first_names",
+    "is_inside",
     "modules_by_name",
+    "must_be_module",
     "pick",
     "plain",
     "tensors_by_name",
@@ -41,7 +44,7 @@ def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argumen
         ValueError: a name the model does not have; near matches are listed.
         TypeError: neither a name nor a module type.
     """
-    _must_be_module(model)
+    must_be_module(model)
     names = {name: plain(name) for name, _ in model.named_modules()}
     chosen: set[str] = set()
     for choice in as_choices(choices):
@@ -57,7 +60,8 @@ def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argumen
     return chosen
 
 
-def _must_be_module(model: Any) -> None:
+def must_be_module(model: Any) -> None:
+    """Raise a TypeError where it is none, as where a Learner is passed."""
     if not isinstance(model, nn.Module):
         fix = "; pass learn.model" if isinstance(getattr(model, "model", None), nn.Module) else ""
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{fix}")
@@ -69,7 +73,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: no module.
     """
-    _must_be_module(model)
+    must_be_module(model)
     inner = model._modules.get("_orig_mod")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         inner = model.module
@@ -102,6 +106,21 @@ def first_names(named: Mapping[str, Any]) -> dict[int, str]:
 def plain(name: str) -> str:
     """A module's name without what `torch.compile` puts into it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def is_inside(layer: str, name: str) -> bool:
+    """Whether a layer is the one of that name, or in the block of that name."""
+    return layer == name or layer.startswith(f"{name}.")
+
+
+def asked_of(shares: Mapping[str, float], layers: Iterable[str]) -> dict[str, float]:
+    """What is asked of each of these layers: the share of the innermost name that holds it."""
+    found = {}
+    for layer in layers:
+        names = [name for name in shares if is_inside(layer, name)]
+        if names:
+            found[layer] = shares[max(names, key=len)]
+    return found
 
 
 def unknown_name(name: str, known: Iterable[str], argument: str) -> str:

@@ -18,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..core.names import must_be_module
+
 __all__ = [
     "Inputs",
     "map_tensors",
@@ -178,6 +180,7 @@ class Inputs:
 
     def check(self, model: nn.Module) -> None:
         """Refuse models that cannot be traced, and inputs on another device than the model."""
+        must_be_module(model)
         if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
             raise TypeError("a ScriptModule cannot be traced: pass the model it was made from")
         if any(is_lazy(p) for p in model.parameters()):

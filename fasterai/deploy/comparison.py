@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ..core.copies import copied
 from ..coupling.inputs import Inputs, plainly, run_quietly, tensors_in
 from ..prune.check import differences
 
-__all__ = ["Comparison", "copied"]
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy of a network.
-
-    Raises:
-        ValueError: it has none.
-    """
-    made = {}  # by a forward, some layers keep what they computed from their weights
-    for module in model.modules():
-        for x in tree_leaves(vars(module)):
-            if isinstance(x, Tensor) and not x.is_leaf:
-                made[id(x)] = x.detach().clone()
-    try:
-        return copy.deepcopy(model, made)
-    except Exception as error:  # whatever a network keeps that has no copy
-        raise ValueError(
-            f"the network cannot be copied ({type(error).__name__}: {error}): pass one that "
-            f"copy.deepcopy takes"
-        ) from error
+__all__ = ["Comparison"]
 
 
 class Comparison:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
+from ..core.copies import copied
 from ..core.names import unwrapped
 from ..coupling.inputs import Inputs, plainly, run_quietly, tensors_in
 from ..prune.check import differences
-from .comparison import copied
 
 __all__ = ["export_onnx", "export_program"]
 

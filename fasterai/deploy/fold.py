@@ -16,10 +16,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..core.copies import copied
 from ..core.names import unwrapped
 from ..coupling.inputs import Inputs
 from ..coupling.probe import settle
-from .comparison import Comparison, copied
+from .comparison import Comparison
 from .following import Call, Layer, Seen, affine, beyond, norms_of, watch_norms
 
 __all__ = ["fold_batchnorm", "fold_report"]

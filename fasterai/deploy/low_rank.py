@@ -17,12 +17,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..core.copies import copied
 from ..core.masks import as_context, as_fraction
 from ..core.names import LayerChoice, pick, unwrapped
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs, run_quietly, tensors_in
 from ..coupling.probe import settle
-from .comparison import copied
 from .ranks import Choice, choices, spent
 
 __all__ = ["factored", "low_rank"]

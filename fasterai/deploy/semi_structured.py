@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
+from ..core.copies import copied
 from ..core.names import unwrapped
-from .comparison import copied
 
 __all__ = ["semi_structured"]
 

@@ -76,6 +76,8 @@ def load_sparse(file: _Path, model: nn.Module | None = None) -> Any:
         SparseFileError: the file is damaged or foreign, or does not fit the model, which is as it
             was.
     """
+    if isinstance(file, nn.Module):
+        raise TypeError("the file comes first, as in load_sparse('sparse.safetensors', model)")
     try:
         if model is None:
             return _read(file)

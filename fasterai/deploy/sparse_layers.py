@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.copies import copied
 from ..core.names import unwrapped
 from ..coupling.inputs import Inputs, operands_in, run_quietly
 from ..coupling.probe import settle
 from ..measure.profile import compare
 from .compact_layers import CompactLayer, can_be_compact, saving
-from .comparison import Comparison, copied
+from .comparison import Comparison
 
 __all__ = ["SparseConv", "SparseLinear", "sparse_linear"]
 

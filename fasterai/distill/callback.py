@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
@@ -12,6 +11,7 @@ import torch
 from fastai.learner import Learner
 from torch import Tensor, nn
 
+from ..core.copies import copied
 from ..core.names import unwrapped
 from ..fit.callback import FitCallback
 from .losses import attention_distance, soft_targets, value_distance
@@ -95,7 +95,7 @@ class DistillCallback(FitCallback):
                 "DistillCallback"
             )
         if self.teacher is None and self._active and not self._silent:
-            self._copy = copy.deepcopy(unwrapped(self.learn.model))
+            self._copy = copied(unwrapped(self.learn.model))
 
     def begin(self) -> None:
         """Get the teacher ready; raises before anything is changed."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Measurement, Timer
 
+from ..core.names import must_be_module
 from ..coupling.inputs import Inputs, run_quietly
 from .counts import counts, macs, numbers_needed
 from .memory import freed_memory_kept, peak_bytes
@@ -72,8 +73,7 @@ def compare(
             f"got {type(networks).__name__}"
         )
     for model in networks.values():
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"compare takes torch modules, got {type(model).__name__}")
+        must_be_module(model)
     inputs = Inputs.of(example_inputs, samples=None)
     for model in networks.values():
         Inputs.fitting(model, example_inputs)

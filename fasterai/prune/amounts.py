@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from ..core.masks import as_fraction
-from ..core.names import plain, unknown_name
+from ..core.names import asked_of, is_inside, plain, unknown_name
 from ..core.target import Target
 from ..coupling.units import Axis
 
@@ -106,7 +106,7 @@ def _by_axis(
     """A share for each axis; what is not named keeps all."""
     layers = [tuple(map(plain, axis.producers)) for axis in axes]
     for name in amount:
-        owners = [a for a, names in enumerate(layers) if name in names]
+        owners = [a for a, own in enumerate(layers) if any(is_inside(x, name) for x in own)]
         if not owners:
             known = [name for names in layers for name in names]
             raise ValueError(unknown_name(name, known, "sparsity"))
@@ -117,7 +117,7 @@ def _by_axis(
             )
     shares = []
     for names in layers:
-        given = {name: amount[name] for name in names if name in amount}
+        given = asked_of(amount, names)
         if len(set(given.values())) > 1:
             raise ValueError(
                 f"these layers are coupled and need one sparsity: {given} (all of them: "

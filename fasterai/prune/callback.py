@@ -51,10 +51,10 @@ class PruneCallback(ScheduledCallback):
     does a `Target` that cannot be met before.
 
     Args:
-        sparsity: the share of the units to remove, a fraction in [0, 1]; {layer name: fraction}
-            under 'local', the others staying whole; `Units(512)`, so many of all layers, under
-            'global'; or a `Target`, such as `Target(macs=0.5)`: the schedule then takes the network
-            from what it costs at the start to there. One that cannot be met raises
+        sparsity: the share of the units to remove, a fraction in [0, 1]; {layer or block:
+            fraction} under 'local', the others staying whole; `Units(512)`, so many of all layers,
+            under 'global'; or a `Target`, such as `Target(macs=0.5)`: the schedule then takes the
+            network from what it costs at the start to there. One that cannot be met raises
             `UnreachableTarget` before training.
         context: 'local' removes it from each group of coupled layers, 'global' from all together;
             for a target, what is least important for what it costs.
@@ -184,6 +184,10 @@ class PruneCallback(ScheduledCallback):
         plan = self.agreed(lambda: self._pruner.plan_to(self._asked, share))
         if plan is None:
             self._pruner.pass_by(asked)
+            if share == max(x for _, x in self._updates) and not self.removed:
+                self.warn(
+                    f"nothing was removed, asked was {asked}: see kept(), min_keep and round_to"
+                )
             return
         try:
             self._pruner.carry_out(plan, optimizer=self.learn.opt, asked=asked)
@@ -305,7 +309,7 @@ class PruneCallback(ScheduledCallback):
         if isinstance(asked, Units) and pruner.frozen_share:
             return Units(round(asked.n * (1 - pruner.frozen_share)))
         if isinstance(asked, Mapping):
-            frozen = pruner.frozen_layers & asked.keys()
+            frozen = pruner.frozen(asked)
             if frozen:
                 self.warn(f"frozen layers wait until they train: {', '.join(sorted(frozen))}")
             return {name: share for name, share in asked.items() if name not in frozen}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.masks import Limits, as_context, as_fraction
-from ..core.names import LayerChoice, plain, unwrapped
+from ..core.names import LayerChoice, is_inside, plain, unwrapped
 from ..core.records import Records, stand_in
 from ..core.target import Target
 from ..coupling.labels import PRODUCE, Dim
@@ -96,7 +96,7 @@ class GradualPruner(Pruner):
         """Remove units until this share of those at the start is gone; returns the model.
 
         Args:
-            sparsity: a fraction in [0, 1]; {layer name: fraction} under 'local'; `Units(512)`
+            sparsity: a fraction in [0, 1]; {layer or block: fraction} under 'local'; `Units(512)`
                 under 'global'; or a `Target`. Nothing happens where as many are gone already.
             share: of the way from the network at the start to there.
             optimizer: see `Pruner.prune_model`.
@@ -212,12 +212,17 @@ class GradualPruner(Pruner):
         whole = sum(axis.bundles for axis in self._first)
         return 1 - self.free / whole if whole else 0.0
 
-    @property
-    def frozen_layers(self) -> set[str]:
-        """Layers that have units, all of them frozen."""
-        pairs = zip(self._axes, self._trained(self._axes), strict=True)
-        axes = [axis for axis, trained in pairs if axis.bundles and not trained.bundles]
-        return {plain(name) for axis in axes for name in axis.producers}
+    def frozen(self, names: Iterable[str]) -> list[str]:
+        """The layers and blocks, of these names, that have units, all of them frozen."""
+        layers: dict[bool, set[str]] = {True: set(), False: set()}
+        for axis, trained in zip(self._axes, self._trained(self._axes), strict=True):
+            if axis.bundles:
+                layers[trained.bundles > 0].update(map(plain, axis.producers))
+
+        def any_in(name: str, trains: bool) -> bool:
+            return any(is_inside(layer, name) for layer in layers[trains])
+
+        return [name for name in names if any_in(name, False) and not any_in(name, True)]
 
     def watch(self) -> None:
         """Take the weights as they are now for the initial and previous ones of the criterion."""

@@ -60,6 +60,8 @@ def carry_optimizer(optimizer: Any, plan: Plan, model: nn.Module | None = None) 
         ValueError: an optimizer of other parameters, or state that has neither the shape that its
             parameter had nor a single element. Nothing is changed then.
     """
+    if plan is None:
+        raise TypeError("plan is None: pruner.plan is one once prune_model has cut something")
     if model is None:
         known = _MODELS.get(plan)
         model = known() if known is not None else None

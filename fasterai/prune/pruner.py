@@ -102,7 +102,7 @@ class Pruner:
 
         Args:
             sparsity: None removes the units that are zero, exactly. A fraction removes that
-                share of the free units, the lowest scores first; {layer name: fraction} that of
+                share of the free units, the lowest scores first; {layer or block: fraction} that of
                 each layer under 'local', the others staying whole; `Units(512)` so many of all
                 layers under 'global'. A `Target` removes as many as it takes to meet a budget,
                 which counts from the network as it is now.

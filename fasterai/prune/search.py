@@ -107,6 +107,11 @@ def particle_search(
         ValueError: arguments out of range, an empty loader, a network with nothing to prune, or
             one that gives no finite loss with any of the masks.
     """
+    if not isinstance(pruner, Pruner):
+        raise TypeError(
+            f"particle_search takes a Pruner, as in particle_search(Pruner(model, x), ...), got "
+            f"{type(pruner).__name__}"
+        )
     _must_be(particles=(particles, 2), rounds=(rounds, 1))
     if not 0 < noise <= 1:
         raise ValueError(f"noise must be in (0, 1], got {noise!r}")

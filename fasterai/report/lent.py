@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from ..core.copies import copied_with
 from ..core.names import unwrapped
 from ..score.batches import drawn
 
@@ -27,7 +28,7 @@ def lent(learn: Any) -> Iterator[None]:
         with drawn(learn.dls.train, network), drawn(learn.dls.valid, network):
             learn.cbs = copy.copy(learn.cbs)
             # together, so that the copy of the optimizer has the copies of the parameters
-            learn.model, learn.opt = copy.deepcopy((learn.model, learn.opt))
+            learn.model, learn.opt = copied_with(learn.model, learn.opt)
             _be_quiet(learn)
             yield
     finally:

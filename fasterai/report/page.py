@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from ..deploy.export import writable
 from ..measure.pictures import plot_widths
 from ..measure.profile import compare
 from ..measure.weight_pictures import plot_zeros
@@ -72,6 +73,12 @@ def report(
         )
     if networks is not None and example_inputs is None:
         raise ValueError("to compare networks, pass example_inputs, as in dls.one_batch()[0]")
+    if networks is not None and not isinstance(networks, Mapping):
+        raise TypeError(
+            f"networks go by name, as in networks={{'dense': dense, 'pruned': model}}, got "
+            f"{type(networks).__name__}"
+        )
+    file = writable(file)
     if pruned is not None and not callable(getattr(pruned, "report", None)):
         raise TypeError(f"pruned must be a pruner or its callback, got {type(pruned).__name__}")
     layers = None if pruned is None else pruned.report()
@@ -86,7 +93,7 @@ def report(
         *_further(sensitivity, audit, sweep),
         section("Machine and versions", pairs({"written": now, **machine()})),
     ]
-    return _write(Path(file), page(title, [part for part in parts if part]))
+    return _write(file, page(title, [part for part in parts if part]))
 
 
 def _write(file: Path, content: bytes) -> Path:

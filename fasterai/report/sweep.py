@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+from fastai.callback.core import Callback
 from torch import nn
 
+from ..core.copies import copied
 from ..core.names import tensors_by_name, unwrapped
 from ..core.schedule import one_shot
 from ..core.target import COUNTED, Target
@@ -189,6 +190,8 @@ def _labelled(targets: Iterable[Any] | Mapping[str, Any]) -> dict[str, Any]:
         pairs = [(str(k), v) for k, v in targets.items()]
     else:
         pairs = [(label_of(target), target) for target in targets]
+    for _, target in pairs:
+        _must_be_function(target)
     labels = [label for label, _ in pairs]
     twice = sorted({label for label in labels if labels.count(label) > 1 or label == DENSE})
     if twice or not labels:
@@ -197,6 +200,14 @@ def _labelled(targets: Iterable[Any] | Mapping[str, Any]) -> dict[str, Any]:
             f"them as in {{'slow': lambda: PruneCallback(0.5)}}, got {labels}"
         )
     return dict(pairs)
+
+
+def _must_be_function(target: Any) -> None:
+    if isinstance(target, Callback):
+        name = type(target).__name__
+        raise TypeError(
+            f"a {name} belongs to one fit: pass a function that makes it, as in lambda: {name}(...)"
+        )
 
 
 def _callbacks(target: Any, options: Mapping[str, Any]) -> list[Any]:
@@ -242,7 +253,7 @@ class _Run:
         self.learn, self.fit, self.cbs, self.options = learn, fit, cbs, options
         self.args = (epochs,) if lr is None else (epochs, lr)
         self.seconds, self.batch = seconds, batch
-        self.start = copy.deepcopy(unwrapped(learn.model))
+        self.start = copied(unwrapped(learn.model))
         inputs = in_memory(learn.dls.valid, self.start, 1)[0].inputs
         self.inputs = Inputs.of(inputs.kwargs or inputs.args)
         self.names = ["valid_loss", *(metric.name for metric in learn.metrics)]
@@ -371,10 +382,10 @@ def _makers(
     """For each target with a network what makes it: of a file, or of one kept in memory."""
 
     def from_file(label: str) -> Callable[[], nn.Module]:
-        return lambda: load_pruned(copy.deepcopy(start), done.path / file_name(label))
+        return lambda: load_pruned(copied(start), done.path / file_name(label))
 
     def from_memory(network: nn.Module) -> Callable[[], nn.Module]:
-        return lambda: copy.deepcopy(network)
+        return lambda: copied(network)
 
     found = {k: from_file(k) for k in labels if done.rows[k].get("file")}
     return found | {k: from_memory(network) for k, network in trained.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +15,10 @@ from torch.utils._pytree import tree_map
 
 from ..coupling.inputs import Inputs, random_state_kept
 
-__all__ = ["Batch", "as_batch", "drawn", "first_batches", "in_memory"]
+__all__ = ["Batch", "as_batch", "drawn", "first_batches", "in_memory", "n_inputs"]
+
+
+_INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,33 @@ class Batch:
     inputs: Inputs
     targets: tuple[Any, ...]
     size: int
+
+    @property
+    def classes(self) -> Tensor | None:
+        """(N,) one class number for each example, also where they stand in a column."""
+        target = self.targets[0] if len(self.targets) == 1 else None
+        if not isinstance(target, Tensor) or target.dtype not in _INTEGERS:
+            return None
+        flat = target[:, 0] if target.ndim == 2 and target.shape[1] == 1 else target
+        return flat if flat.ndim == 1 else None
+
+    def compared(self, func: Callable[..., Any], outputs: Any) -> Any:
+        """What a loss or metric says of the outputs and these targets.
+
+        Raises:
+            ValueError: it cannot take what the network gives, which is no tensor.
+        """
+        try:
+            return func(outputs, *self.targets)
+        except Exception as error:  # whatever user code raises
+            if isinstance(outputs, Tensor):
+                raise
+            kind, name = type(outputs).__name__, getattr(func, "__name__", type(func).__name__)
+            raise ValueError(
+                f"the network gives a {kind}, which {name} cannot take ({type(error).__name__}: "
+                f"{error}): pass a function of your own, as in loss_func=lambda out, y: "
+                f"loss(out[0], y)"
+            ) from error
 
     def each(self) -> Iterator[Batch]:
         """A batch of each single example."""
@@ -84,7 +114,7 @@ def as_batch(batch: Any, model: nn.Module, n_inp: int | None = None) -> Batch:
 
 def first_batches(dl: Iterable[Any], n_batches: int | None) -> tuple[Iterator[Any], int | None]:
     """So many batches of a loader, and how many there will be, if that is known."""
-    if hasattr(dl, "train") and hasattr(dl, "valid"):
+    if hasattr(type(dl), "train") and hasattr(type(dl), "valid"):  # loaders ask their data sets
         raise TypeError("one loader is needed: pass dls.train or dls.valid, not both in dls")
     if not isinstance(dl, Iterable):
         raise TypeError(f"dl must be a loader or a list of batches, got {type(dl).__name__}")
@@ -94,6 +124,14 @@ def first_batches(dl: Iterable[Any], n_batches: int | None) -> tuple[Iterator[An
     counts = [n for n in (n_batches, known) if n is not None]
     lazily = (batch for one in (dl,) for batch in islice(one, n_batches))  # torch draws in iter()
     return lazily, min(counts, default=None)
+
+
+def n_inputs(dl: Iterable[Any]) -> int | None:
+    """How many of a batch are inputs, where the loader tells, as fastai's do."""
+    try:
+        return getattr(dl, "n_inp", None)
+    except IndexError:  # fastai looks at the first item, and there is none
+        return None
 
 
 @contextmanager
@@ -124,7 +162,7 @@ def in_memory(loader: Iterable[Any], model: nn.Module, n_batches: int | None) ->
     """
     with drawn(loader, model):
         lazily, _ = first_batches(loader, n_batches)
-        batches = [as_batch(b, model, getattr(loader, "n_inp", None)) for b in lazily]
+        batches = [as_batch(b, model, n_inputs(loader)) for b in lazily]
     if not batches:
         raise ValueError("the loader gave no batch to measure the loss on")
     return batches

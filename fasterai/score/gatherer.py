@@ -192,7 +192,7 @@ def _gradients(
 def _loss_of(out: Any, batch: Batch, loss_func: Callable[..., Tensor] | None) -> Tensor:
     if loss_func is None:
         raise ValueError("gradients need a loss: pass loss_func, as in loss_func=learn.loss_func")
-    loss = loss_func(out, *batch.targets)
+    loss = batch.compared(loss_func, out)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         got = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(

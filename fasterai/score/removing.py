@@ -85,7 +85,7 @@ def mean_loss(
             out = batch.inputs(model)
             if isinstance(out, Tensor) and out.dtype in (torch.float16, torch.bfloat16):
                 out = out.float()  # small changes would vanish in the loss
-            loss = loss_func(out, *batch.targets)
+            loss = batch.compared(loss_func, out)
             if isinstance(loss, Tensor) and loss.numel() != 1:
                 raise ValueError(
                     f"loss_func must return the mean loss of a batch, one number, got a tensor "

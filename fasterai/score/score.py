@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion
 from ..core.gathered import GATHERED
 from ..core.names import pick, unwrapped
-from .batches import as_batch, drawn, first_batches
+from .batches import as_batch, drawn, first_batches, n_inputs
 from .gatherer import Gatherer
 
 __all__ = ["score"]
@@ -68,9 +68,9 @@ def score(
         from fastprogress.fastprogress import progress_bar  # takes a second to import
 
         batches = progress_bar(batches, total=total, leave=False)
-    network, n_inp = unwrapped(model), getattr(dl, "n_inp", None)
+    network = unwrapped(model)
     with drawn(dl, network):
-        gatherer = _gather(network, batches, needs, n_inp, loss_func, training)
+        gatherer = _gather(network, batches, needs, n_inputs(dl), loss_func, training)
     data = gatherer.gathered()
     found = [replace(criterion, data=data) for criterion in asked]
     return found if several else found[0]

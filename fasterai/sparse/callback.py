@@ -34,7 +34,7 @@ class SparsifyCallback(ScheduledCallback):
 
     Args:
         sparsity: the share of the groups to zero, a fraction in [0, 1]; a pair
-            (initial, final), the initial one from the first step on; or {layer name: fraction}
+            (initial, final), the initial one from the first step on; or {layer or block: fraction}
             under 'local', the others staying dense. Without an initial value the way begins at
             what is already zero, and that stays zero; with `start_epoch` it goes on from there,
             as far as it is by then.
@@ -113,12 +113,23 @@ class SparsifyCallback(ScheduledCallback):
 
     # --- on the way ----------------------------------------------------------------------------
 
+    def before_fit(self) -> None:
+        """Refuse what would cut the network on the way."""
+        super().before_fit()
+        cuts = [type(cb).__name__ for cb in self.learn.cbs if getattr(cb, "reshapes", False)]
+        if cuts:
+            raise ValueError(
+                f"SparsifyCallback and {cuts[0]} do not go together in one fit, for masks would "
+                f"have to shrink on the way: zero in a first fit and remove with Pruner or in a "
+                f"second one, or remove only"
+            )
+
     def begin(self) -> bool:
         """See which groups there are and where they should go."""
         self._sparsifier = sparsifier = self._processes.together(self._sparsifier_of_model)
         if sparsifier is None:
             return False
-        self._to = sparsifier.targets(self.sparsity)
+        self._to = sparsifier.targets(self._of_trained(sparsifier))
         initial = self.initial
         if initial is None:
             self._from = sparsifier.origins(self._to, self._begun)
@@ -198,13 +209,22 @@ class SparsifyCallback(ScheduledCallback):
                 raise
             self.warn(f"{error}. Call learn.unfreeze() to sparsify frozen layers")
             return None
-        if sparsifier.frozen_share > 0.1:
+        if sparsifier.frozen_share > 0.1 and not isinstance(self.sparsity, Mapping):
             self.warn(
                 f"{sparsifier.frozen_share:.0%} of the weights are frozen, stay dense and do not "
                 f"count; call learn.unfreeze() to sparsify them (fine_tune does so by itself after "
                 f"its first part)"
             )
         return sparsifier
+
+    def _of_trained(self, sparsifier: Sparsifier) -> Any:
+        """What is asked of the layers that train."""
+        if not isinstance(self.sparsity, Mapping):
+            return self.sparsity
+        frozen = sparsifier.frozen(self.sparsity)
+        if frozen:
+            self.warn(f"frozen layers wait until they train: {', '.join(sorted(frozen))}")
+        return {name: share for name, share in self.sparsity.items() if name not in frozen}
 
     def _at(self, share: float) -> list[float]:
         """The sparsities at this share of the way; it never leads below where it began."""

@@ -13,12 +13,13 @@ from ..core.criteria import Criterion, Lookup, as_criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
 from ..core.masks import Limits, apply_masks, as_context, choose_cuts, zero_marks
-from ..core.names import LayerChoice, plain, unknown_name, unwrapped
+from ..core.names import LayerChoice, is_inside, plain, unknown_name, unwrapped
 from ..core.processes import Processes, refuse_sharded
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
 from ..core.records import Records, refuse_equal, stand_in
 from ..core.selection import Cut
 from ..coupling.ranking import require_scales
+from ..coupling.units import FROZEN
 from ..measure.profile import macs
 from .choose import choose
 from .groups import UnitGroups, ranking_of, write_cut
@@ -147,7 +148,7 @@ class Sparsifier:
         """Zero this share of the groups now, the lowest scores first, and return the model.
 
         Args:
-            sparsity: a fraction in [0, 1], or {layer name: fraction}; layers not named stay as
+            sparsity: a fraction in [0, 1], or {layer or block: fraction}; layers not named stay as
                 they are. What is zero already stays, also where the fraction is smaller.
         """
         self.sparsify_to(self.targets(sparsity))
@@ -162,7 +163,8 @@ class Sparsifier:
         fraction is larger.
 
         Args:
-            sparsity: a fraction in [0, 1], or {layer name: fraction}; layers not named come back.
+            sparsity: a fraction in [0, 1], or {layer or block: fraction}; layers not named come
+                back.
 
         Raises:
             RuntimeError: made without `regrow=True`.
@@ -221,6 +223,16 @@ class Sparsifier:
         """A sparsity as fractions: one for each of the layers, or one for all under 'global'."""
         together = self.context == "global"
         return targets_of(sparsity, self._groups, self.granularity, together, self._no_such)
+
+    def frozen(self, names: Iterable[str]) -> list[str]:
+        """The layers and blocks, of these names, that are chosen, but frozen."""
+        live = [plain(layer) for group in self._groups for layer in group.layers]
+        frozen = [plain(layer) for layer, why in self.skipped.items() if why == FROZEN]
+
+        def any_in(name: str, layers: Iterable[str]) -> bool:
+            return any(is_inside(layer, name) for layer in layers)
+
+        return [name for name in names if any_in(name, frozen) and not any_in(name, live)]
 
     def held(self) -> tuple[float, ...]:
         """The share of the groups that is zero in the model, in the form of `targets`."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..core.granularity import Granularity
 from ..core.masks import Limits, as_fraction
-from ..core.names import plain
+from ..core.names import asked_of, is_inside, plain
 from .groups import Groups
 
 __all__ = ["origin", "targets_of"]
@@ -22,7 +22,7 @@ def targets_of(
     """Fractions for each of the groups, or a single one for all `together`.
 
     Args:
-        sparsity: a fraction, or {layer name: fraction}; layers not named are asked nothing.
+        sparsity: a fraction, or {layer or block: fraction}; layers not named are asked nothing.
         groups: what may be zeroed.
         granularity: it may allow less than all.
         together: one sparsity over all of the groups.
@@ -35,15 +35,14 @@ def targets_of(
         return (granularity.allow(as_fraction(sparsity)),) * (1 if together else len(groups))
     if together:
         raise ValueError("a sparsity for each layer needs context='local', got 'global'")
-    wanted = [dict[str, float]() for _ in groups]
+    layers = [tuple(map(plain, group.layers)) for group in groups]
+    fractions = {}
     for name, value in sparsity.items():
         who = f"sparsity of {name!r}"
-        fraction = granularity.allow(as_fraction(value, who), who)
-        owners = [i for i, g in enumerate(groups) if name in map(plain, g.layers)]
-        if not owners:
+        fractions[name] = granularity.allow(as_fraction(value, who), who)
+        if not isinstance(name, str) or not any(is_inside(x, name) for own in layers for x in own):
             raise ValueError(no_such(name))
-        for i in owners:
-            wanted[i][name] = fraction
+    wanted = [asked_of(fractions, own) for own in layers]
     for group, given in zip(groups, wanted, strict=True):
         if len(set(given.values())) > 1:
             raise ValueError(

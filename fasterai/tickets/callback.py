@@ -5,7 +5,6 @@ The sources are in `ticket`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -16,7 +15,9 @@ from fastai.learner import Learner
 from fastcore.basics import listify
 from torch import Tensor, nn
 
+from ..core.copies import copied
 from ..core.criteria import Criterion, as_criterion, large_final, random_scores
+from ..core.masks import as_fraction
 from ..core.names import LayerChoice, unwrapped
 from ..coupling.inputs import Inputs
 from ..fit.callback import FitCallback
@@ -45,7 +46,7 @@ class LotteryTicket:
 
     Args:
         learn: its model is used, and left with the last ticket loaded.
-        sparsity: the share of the groups to zero in the end, or {layer name: fraction}.
+        sparsity: the share of the groups to zero in the end, or {layer or block: fraction}.
         granularity: see `Sparsifier`, as for `context`, `criteria` and all below `rewind`. Initial
             weights of a criterion are those at the start of a round; there are no gradients.
         context: 'local' or 'global'.
@@ -82,6 +83,10 @@ class LotteryTicket:
         mixed: bool = False,
         whole_heads: bool = False,
     ) -> None:
+        if not isinstance(learn, Learner):
+            raise TypeError(f"LotteryTicket takes a fastai Learner, got {type(learn).__name__}")
+        if not isinstance(sparsity, Mapping):
+            as_fraction(sparsity)
         if isinstance(rounds, bool) or not isinstance(rounds, Integral) or rounds < 1:
             raise ValueError(f"rounds must be a whole number >= 1, got {rounds!r}")
         _check_rewind(rewind)
@@ -142,7 +147,7 @@ class LotteryTicket:
         Raises:
             ValueError: the zeros of the ticket are no whole groups of this granularity.
         """
-        network = copy.deepcopy(unwrapped(self.learn.model))
+        network = copied(unwrapped(self.learn.model))
         weights = parameters_like(ticket.masks.shapes, network)
         with torch.no_grad():
             for name, p in weights.items():
