@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -41,6 +41,8 @@ class Analysis:
         roles: what each dimension of a parameter does.
         order: parameters in the order in which they made channels.
         outputs: for each output of the network, the last layer that made its channels.
+        idle: parameters of layers that no run has read, of two or more dimensions.
+        untrained: why the network did not run in train mode, if it did not.
         trains: whether the network also ran in train mode, and carried out other operations there
             than in eval mode, dropout aside.
         shapes: whether it ran on shapes alone.
@@ -58,6 +60,8 @@ class Analysis:
     roles: Mapping[Dim, str]
     order: tuple[str, ...]
     outputs: tuple[str, ...]
+    idle: tuple[str, ...]
+    untrained: str
     trains: bool
     shapes: bool
 
@@ -102,7 +106,7 @@ def analyse(
     classes = _classes(np.arange(total), [], [*joined, *whole])
     evaluated: list[Run] = []
     trained: list[Run] = []
-    shapes = True
+    untrained, shapes = "", True
     for _ in range(_ROUNDS):
         for _ in range(_ROUNDS):
             run, shapes = _evaluate(model, inputs, _labels(model, first, classes), shapes)
@@ -110,7 +114,8 @@ def analyse(
             before, classes = classes, _classes(classes, [run], ())
             if not run.grids or np.array_equal(before, classes):
                 break
-        trained = _train(model, inputs, _labels(model, first, classes), shapes)
+        labels = _labels(model, first, classes)
+        trained, untrained = _train(model, inputs, labels, shapes)
         before, classes = classes, _classes(classes, trained, ())
         if not any(run.grids for run in trained) or np.array_equal(before, classes):
             break
@@ -119,6 +124,13 @@ def analyse(
     order = tuple(dict.fromkeys(name for run in begin for name in run.order))
     laid_out = [*_grids(classes, runs), *(classes[h] for h in heads)]
     grids = {(g.shape, g.tobytes()): g for g in laid_out}
+    touched = {name for run in runs for name in run.touched}
+    roles = _roles(runs)
+    unread = _unread_vectors(model, roles, touched)
+    spans = [(first[d] + np.arange(n), first[like] + np.arange(n)) for d, like, n in unread]
+    classes = _classes(classes, [], spans)
+    roles.update((d, FOLLOW) for d, _, _ in unread)
+    idle = [n for n, p in model.named_parameters() if n not in touched and p.ndim > 1]
     return Analysis(
         first,
         {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()},
@@ -129,9 +141,11 @@ def analyse(
         tuple(np.unique(classes[_vector(heads)], axis=0) for run in runs for heads in run.heads),
         {i: _renamed(classes, factor) for i, factor in runs[0].factors.items()},
         _read(classes, runs),
-        _roles(runs),
+        roles,
         order,
         _outputs(begin, first, order),
+        tuple(idle),
+        untrained,
         any(_way(run) != _way(evaluated[-1]) or not run.trail for run in trained),
         shapes,
     )
@@ -156,13 +170,49 @@ def _evaluate(
 
 def _train(
     model: nn.Module, inputs: Inputs, labels: Mapping[Dim, Tensor], shapes: bool
-) -> list[Run]:
+) -> tuple[list[Run], str]:
+    """A run in train mode, if there is one, and else why not."""
+    why = ""
     for sized in (inputs.at_least(2), inputs):  # a norm wants more than one sample in training
         try:
-            return [run_labels(model, sized, labels, training=True, shapes=shapes)]
-        except Exception:  # a network that only evaluates; what it does in training does not count
+            return [run_labels(model, sized, labels, training=True, shapes=shapes)], ""
+        except Exception as error:  # a network that only evaluates
+            why = f"{type(error).__name__}: {error}"
+    return [], why
+
+
+def _unread_vectors(
+    model: nn.Module, roles: Mapping[Dim, str], touched: Collection[str]
+) -> list[tuple[Dim, Dim, int]]:
+    """Biases and the like that are never read, though their layer's weight is, and its rows.
+
+    They follow these, so that the layer stays one.
+    """
+    found = []
+    for prefix, module in model.named_modules():
+        if not isinstance(module, _WITH_ROWS):
             continue
-    return []
+        vectors = {
+            k: x
+            for k, x in (*module._parameters.items(), *module._buffers.items())
+            if x is not None and x.ndim == 1
+        }
+        rows = Dim(f"{prefix}.weight".lstrip("."), int(getattr(module, "transposed", False)))
+        known = [Dim(f"{prefix}.{k}".lstrip("."), 0) for k in vectors]
+        like = next((d for d in (rows, *known) if d in roles), None)
+        sizes = {d: len(x) for d, x in zip(known, vectors.values(), strict=True)}
+        for dim, size in sizes.items():
+            if like is not None and size > 1 and dim.parameter not in touched:
+                found.append((dim, like, size))
+    return found
+
+
+_WITH_ROWS = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
 
 
 def _way(run: Run) -> str:

@@ -194,7 +194,7 @@ class Muted:
     def __call__(
         self, t: Tracer, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        if func in _READING:
+        if func in _READING or func._schema.name in _READING_TOO:
             args = tuple(self._mute(t, x) if isinstance(x, Tensor) else x for x in args)
         return func(*args, **kwargs)
 
@@ -213,6 +213,7 @@ _READING = {
     torch.ops.aten.convolution.default,
     torch.ops.aten.sum.dim_IntList,
 }
+_READING_TOO = {"aten::mv", "aten::addmv", "aten::dot", "torchvision::deform_conv2d"}
 
 
 def _abstract(t: Tracer, x: Tensor) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -130,20 +132,37 @@ class Inputs:
     def random_like(self) -> Inputs:
         """Other inputs of the same form: floats are normal with the same mean and spread.
 
-        Integers stay as they are, for they may be indices; bools are flipped. The global random
-        state is not touched.
+        Integers stay as they are, for they may be indices; of bools, which may be masks, samples
+        have each other's. The global random state is not touched.
         """
         generator = torch.Generator().manual_seed(0)
 
         def other(x: Tensor) -> Tensor:
             if x.dtype == torch.bool:
-                return ~x
+                return x.roll(1, 0) if self.samples and x.ndim else x
             if not x.is_floating_point() or not x.numel():
                 return x
             noise = torch.randn(x.shape, generator=generator).to(x)
             return noise * x.std(correction=0).clamp(min=1e-3) + x.mean()
 
         return Inputs(*tree_map(_each_tensor(other), (self.args, self.kwargs)), self.samples)
+
+    def elsewhere(self) -> Iterator[Inputs]:
+        """Other sizes: one sample more, and one sample that is twice as long in one dimension.
+
+        Inputs with as many positions, tokens and their mask say, grow together.
+        """
+        if self.samples:
+            yield self.batch(self.samples + 1)
+        few = self._first(1)
+        for d in range(1 if self.samples else 0, max(x.ndim for x in few.tensors)):
+            for size in sorted({x.shape[d] for x in few.tensors if x.ndim > d}):
+
+                def longer(x: Tensor, d: int = d, size: int = size) -> Tensor:
+                    return torch.cat([x, x], d) if x.ndim > d and x.shape[d] == size else x
+
+                args, kwargs = tree_map(_each_tensor(longer), (few.args, few.kwargs))
+                yield Inputs(args, kwargs, few.samples)
 
     def beside(self, other: Inputs) -> Inputs:
         """One batch of the samples of both, which have the same form and a batch dimension."""
@@ -274,10 +293,11 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
 def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Run `model` in eval (or train) mode and leave no trace of it.
 
-    No gradients, no autocast; training flags, buffers, attributes and the random state are put
-    back.
+    No gradients, no autocast; training flags, buffers, attributes, what lists and dicts among them
+    hold, and the random state are put back.
     """
     modules = list(model.modules())
+    containers = _containers(modules)
     attributes = [(m, dict(m.__dict__)) for m in modules]
     modes = [(m, m.training) for m in modules]
     buffers = [(m, dict(m._buffers)) for m in modules]
@@ -287,6 +307,7 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
             module._buffers.update({k: copies[id(b)] for k, b in own.items() if b is not None})
         with (
             random_state_kept(model),
+            torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
@@ -302,12 +323,46 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
             if len(now) != len(before) or any(now.get(k) is not v for k, v in before.items()):
                 now.clear()
                 now.update(before)
+        for container, content in containers:
+            _refill(container, content)
         for module, mode in modes:
             module.training = mode
         for module, own in buffers:
             for name in set(module._buffers) - set(own):  # made by this run
                 del module._buffers[name]
             module._buffers.update(own)
+
+
+_OWN = frozenset(vars(nn.Module()))
+
+
+def _containers(modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
+    """Lists, dicts, sets and deques that modules or their classes keep, with copies of them."""
+    classes = {c for m in modules for c in type(m).__mro__ if not c.__module__.startswith("torch")}
+    todo = [x for m in modules for name, x in vars(m).items() if name not in _OWN]
+    todo += [x for c in classes for name, x in vars(c).items() if not name.startswith("__")]
+    found: dict[int, tuple[Any, Any]] = {}
+    while todo:
+        x = todo.pop()
+        if isinstance(x, dict | list | set | deque) and id(x) not in found:
+            found[id(x)] = x, copy(x)
+            todo.extend(x.values() if isinstance(x, dict) else x)
+    return list(found.values())
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Put back what was in a container, if that is something else now."""
+    same = len(container) == len(content) and all(
+        a is b for a, b in zip(container, content, strict=True)
+    )
+    if same and isinstance(container, dict):
+        same = all(container[k] is x for k, x in content.items())
+    if not same:
+        container.clear()
+        if isinstance(container, dict | set):
+            container.update(content)
+        else:
+            container.extend(content)
 
 
 @contextmanager

@@ -121,6 +121,7 @@ class Run:
         used: how many operations use the output of a weight.
         order: parameters in the order in which they made channels.
         outputs: labels of the network's outputs.
+        touched: parameters and buffers that an operation read.
         trail: the operations that were carried out on shapes, one after the other.
     """
 
@@ -137,6 +138,7 @@ class Run:
     used: dict[str, int] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    touched: set[str] = field(default_factory=set)
     trail: list[Any] = field(default_factory=list)
 
 

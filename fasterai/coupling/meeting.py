@@ -83,14 +83,19 @@ def _aligned(t: Tracer, x: Tensor, ndim: int) -> tuple[tuple[int, ...], list[Fie
 
 
 def _widest(t: Tracer, fields: Sequence[Field]) -> Field:
-    """Of joined fields the one that varies most; its source, where all have one."""
+    """Of joined fields the one that varies most; a source, where all have one.
+
+    That of a parameter comes before that of a buffer, such as a mask.
+    """
     f = max(fields, key=lambda g: len(g.dims))
     if any(set(g.dims) - set(f.dims) for g in fields):
         t.pin(fields, "channels met along different dimensions")
     if len(fields) == 1:
         return f
-    derived = all(g.source is not None for g in fields)
-    return Field(f.labels, fields[0].source if derived else None)
+    sources = [g.source for g in fields if g.source is not None]
+    own = next((s for s in sources if s.parameter in t.parameters), None)
+    derived = len(sources) == len(fields)
+    return Field(f.labels, (own or sources[0]) if derived else None)
 
 
 def _held(t: Tracer, f: Field, operands: Sequence[Any], name: str) -> Field | None:
@@ -368,6 +373,21 @@ def _scaled(t: Tracer, f: Field, p: Tensor, role: str) -> Field:
     if bare:
         return t.hold(f, bare, "scaled by a tensor of fixed size") or f
     return f
+
+
+def weight_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """A weight from directions and lengths, which count the channels that it reads."""
+    v, g = args[:2]
+    dim = (args[2] if len(args) > 2 else 0) % v.ndim
+    lengths = t.along(g, dim)
+    for f in t.of(v):
+        if f.dims != (dim,):
+            t.mix(f, "weight norm")
+        elif lengths is not None:
+            t.join(f.labels, lengths.labels)
+            t.mark(lengths, FOLLOW)
+    t.attach(out[0], [Field(f.labels, f.source) for f in t.of(v)])
+    t.attach(out[1], [lengths])
 
 
 def group_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:

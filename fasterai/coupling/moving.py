@@ -178,13 +178,16 @@ def _dimension(func: Any, rest: Sequence[Any], kwargs: Mapping[str, Any], ndim: 
 
 
 def _even(t: Tracer, f: Field, x: Tensor, dim: int, outs: Sequence[Tensor], rest: Any) -> bool:
-    """Whether the parts are an even share of the channels; the grid they form is noted."""
+    """Whether the parts are an even share of the channels, or several of the smallest part.
+
+    The grid they form is noted.
+    """
     if any(o.ndim != x.ndim for o in outs):  # one at a time: which one counts, all stay
         return len(f.dims) > 1
-    size, length = x.shape[dim], outs[0].shape[dim]
+    size, length = x.shape[dim], min(o.shape[dim] for o in outs)
     if length == size:
         return True
-    if any(o.shape[dim] != length for o in outs) or not length or size % length:
+    if not length or size % length or any(o.shape[dim] % length for o in outs):
         return False
     step = 1
     if len(outs) == 1:
@@ -200,6 +203,20 @@ def _even(t: Tracer, f: Field, x: Tensor, dim: int, outs: Sequence[Tensor], rest
         grid = f.labels.reshape(*shape[:dim], size // length, length, *shape[dim + 1 :])
     t.grid(grid)
     return True
+
+
+def gating(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """One half of the channels is multiplied with what the other half opens."""
+    x = args[0]
+    dim = (args[1] if len(args) > 1 else -1) % x.ndim
+    fields = []
+    for f in t.of(x):
+        if dim in f.dims:
+            first, second = f.labels.chunk(2, dim)
+            t.join(first, second)
+            f = Field(first)
+        fields.append(f)
+    t.attach(out, fields)
 
 
 def concatenation(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:

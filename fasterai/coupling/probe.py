@@ -139,19 +139,24 @@ def compensation(
     both, half of it goes into them.
     """
     found: dict[Dim, Tensor] = {}
+    made = {name: i for i, name in enumerate(coupling.analysis.order)}
     for change in changes:
+        concerned = []
         for axis in axes:
             units = torch.isin(axis.classes, change.over)
             slots = [s for s in axis.having(PRODUCE) if units[s.unit].any()]
-            if not slots:
-                continue
-            makers = {s.module for s in axis.slots if s.role != CONSUME}
-            both = len(makers) == 1 and int(slots[0].unit.bincount().max()) == 1
-            ratio = change.value**0.5 if change.product and both else change.value
-            for dim, index in _one_side(axis, slots, units):
-                size = coupling.analysis.sizes[dim]
-                found.setdefault(dim, torch.ones(size, dtype=torch.float64))[index] /= ratio
-            break  # made good once
+            if slots:  # what was multiplied may have learned rows as well as channels
+                last = max((made.get(s.parameter, -1), s.dim) for s in slots)
+                concerned.append((last, axis, slots, units))
+        if not concerned:
+            continue
+        _, axis, slots, units = max(concerned, key=lambda c: c[0])
+        makers = {s.module for s in axis.slots if s.role != CONSUME}
+        both = len(makers) == 1 and int(slots[0].unit.bincount().max()) == 1
+        ratio = change.value**0.5 if change.product and both else change.value
+        for dim, index in _one_side(axis, slots, units):
+            size = coupling.analysis.sizes[dim]
+            found.setdefault(dim, torch.ones(size, dtype=torch.float64))[index] /= ratio
     return found
 
 

@@ -25,8 +25,9 @@ from .meeting import (
     layer_norm,
     note_factor,
     pointwise,
+    weight_norm,
 )
-from .moving import concatenation, indexing, movement, padding, parting, shuffling, stacking
+from .moving import concatenation, gating, indexing, movement, padding, parting, shuffling, stacking
 from .positions import columns_of, over_dims, passes, reduction, sampling, softmax, spatial
 from .tracer import Tracer
 
@@ -41,6 +42,9 @@ def follow(
     """Pass the labels of the arguments of one operation on to its result."""
     name, is_pointwise = known(func)
     read = operands_in((*args, *kwargs.values()))
+    for x in read:
+        if x in t.names:
+            t.said.touched.add(t.names[x])
     operands = [x for x in read if t.of(x)]
     if not operands:
         if t.origins:
@@ -114,6 +118,7 @@ RULES: dict[str, Rule] = _table(
             diagonal repeat_interleave tile movedim _reshape_alias
             as_strided_copy view_copy""",
         parting: "slice select split split_with_sizes unbind unsafe_split unsafe_chunk narrow",
+        gating: "glu",
         concatenation: "cat concatenate",
         stacking: "stack",
         shuffling: "channel_shuffle native_channel_shuffle",
@@ -125,6 +130,7 @@ RULES: dict[str, Rule] = _table(
         embedding: "embedding",
         batch_norm: """native_batch_norm cudnn_batch_norm miopen_batch_norm
             _native_batch_norm_legit_no_training""",
+        weight_norm: "_weight_norm_interface",
         layer_norm: "native_layer_norm _fused_rms_norm rms_norm",
         group_norm: "native_group_norm",
         spatial: """max_pool1d max_pool2d_with_indices max_pool3d_with_indices max_pool2d avg_pool1d

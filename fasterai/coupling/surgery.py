@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .labels import Dim
 from .mending import Mend, agrees, layer_integers
@@ -77,7 +79,7 @@ def cut(
     changed = {id(tensors[n]) for n, x in left.items() if x.shape != tensors[n].shape}
     concerned = dict.fromkeys((*_owners(model, changed), *plan.attributes))
     whole = [m for m in concerned if agrees(m)]
-    undo: list[Callable[[], None]] = []
+    undo: list[Callable[[], None]] = [lambda: _recompute(concerned)]
 
     def put_back() -> None:
         for step in reversed(undo):
@@ -86,6 +88,7 @@ def cut(
     try:
         for name, data in left.items():
             undo.append(_swap(tensors[name], data))
+        _recompute(concerned)
         _mend(model, changed, plan, undo)
         _must_agree(model, whole)
     except BaseException:  # an interrupt, too, must not leave half a cut
@@ -114,7 +117,7 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
             data = smaller(tensors[name], cuts, plan.steps.get(name, ()), scratch)
         is_parameter = isinstance(tensors[name], nn.Parameter)
         shadows[id(tensors[name])] = nn.Parameter(data, False) if is_parameter else data
-    undo: list[Callable[[], None]] = []
+    undo: list[Callable[[], None]] = [lambda: _recompute(model.modules())]
     try:
         for module in model.modules():
             for own in (module._parameters, module._buffers):
@@ -122,6 +125,7 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
                     if id(tensor) in shadows:
                         undo.append(lambda o=own, n=name, t=tensor: o.update({n: t}))
                         own[name] = shadows[id(tensor)]  # an interrupt may come in between
+        _recompute(model.modules())
         _mend(model, {id(s) for s in shadows.values()}, plan, undo)
         yield
     finally:
@@ -220,6 +224,15 @@ def _mend(model: nn.Module, cut: set[int], plan: Cut, undo: list[Callable[[], No
     for module, attributes in plan.attributes.items():
         for attribute, value in attributes.items():
             undo.append(_set(module, attribute, value))
+
+
+def _recompute(modules: Iterable[nn.Module]) -> None:
+    """Weights that hooks make of others before each run, so that their sizes can be read."""
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod | WeightNorm):
+                with torch.no_grad():
+                    hook(module, ())
 
 
 def _must_agree(model: nn.Module, layers: Sequence[nn.Module]) -> None:

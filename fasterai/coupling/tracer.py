@@ -91,8 +91,10 @@ class Tracer(TorchDispatchMode):
         self.products = beside()  # of two activations: the labels they were over
         self.uniform = beside()  # constants made in the run, of one value
         self.fixed = beside()  # parameters, buffers and what is made of them alone
-        for tensor in tensors.values():
+        self.names = beside()
+        for name, tensor in tensors.items():
             self.fixed[tensor] = True
+            self.names[tensor] = name
         for dim, known in labels.items():
             tensor = tensors[dim.parameter]
             if len(known) == 1 and tensor.ndim < 3:

@@ -90,7 +90,8 @@ def numbers_needed(model: nn.Module) -> None:
 def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[str, int], _Operations | None]:
     for shapes in (True, False):  # shapes are enough, unless a network looks at its numbers
         try:
-            return _run(model, inputs, shapes)
+            with _frozen(model):
+                return _run(model, inputs, shapes)
         except Exception:  # of the inputs or of the counter; `fitting` can tell
             continue
     return {}, None
@@ -108,6 +109,19 @@ def _run(model: nn.Module, inputs: Inputs, shapes: bool) -> tuple[dict[str, int]
                 inputs(model)
     totals = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
     return _by_module(model, inputs, totals), seen
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters that want no gradients: of views of others torch's counter asks who made them."""
+    wanting = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in wanting:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in wanting:
+            p.requires_grad_(True)
 
 
 @contextmanager

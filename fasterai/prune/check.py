@@ -14,7 +14,7 @@ from ..coupling.labels import Dim, Run
 from ..coupling.run import run_numbers
 from ..coupling.units import Coupling
 
-__all__ = ["Differences", "Observation", "alike", "differences", "observe"]
+__all__ = ["Differences", "Observation", "alike", "differences", "elsewhere", "observe"]
 
 # The largest relative difference that rounding explains; wrong wiring gives far more.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -95,6 +95,17 @@ def observe(
     return Observation([tensors_in(out) for _, out in runs], [said for said, _ in runs], peaks)
 
 
+def elsewhere(model: nn.Module, inputs: Inputs, coupling: Coupling) -> list[Run]:
+    """What runs on inputs of other sizes say, of a network that takes such; see `observe`."""
+    labels, said = coupling.labels({}), []
+    for other in inputs.elsewhere():
+        try:
+            said.append(run_numbers(model, other, labels, origins=True)[0])
+        except Exception:  # whatever user code raises on such
+            continue
+    return said
+
+
 def differences(expected: Sequence[list[Tensor]], got: Sequence[list[Tensor]]) -> Differences:
     """Compare outputs tensor by tensor.
 
@@ -116,7 +127,7 @@ def differences(expected: Sequence[list[Tensor]], got: Sequence[list[Tensor]]) -
             apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs().double())
             # beside the largest output, which may be a constant such as -1e9, small ones count
             usual = size[(size > 0) & size.isfinite()]
-            bound = size + (usual.median() if len(usual) else 1.0)
+            bound = size.nan_to_num(0.0, torch.inf) + (usual.median() if len(usual) else 1.0)
             small &= bool((apart <= _ROUNDING.get(a.dtype, 1e-4) * bound).all())
             largest = float(usual.max()) if len(usual) else 1.0
             absolute = max(absolute, float(apart.max()))

@@ -51,7 +51,7 @@ class Constants:
 
     def __init__(self, model: nn.Module, runs: Sequence[Run]) -> None:
         self._tensors = dict([*model.named_parameters(), *model.named_buffers()])
-        runs = [r for r in runs if len(r.arrivals) == len(runs[0].arrivals)]
+        runs = [r for r in runs if _form(r) == _form(runs[0])]
         count: dict[Dim | None, int] = {}
         for x in runs[0].arrivals:
             count[x.reader] = count.get(x.reader, 0) + 1
@@ -66,6 +66,11 @@ class Constants:
         for r in self._readers:
             for c, v in zip(r.labels.tolist(), r.value.tolist(), strict=True):
                 self._seen.setdefault(c, []).append((r, v))
+
+    @property
+    def loud(self) -> bool:
+        """Whether anything arrives as a constant other than zero."""
+        return any(bool(((r.value != 0) & ~r.value.isnan()).any()) for r in self._readers)
 
     def removable(self, axis: Axis) -> tuple[list[int], dict[int, str]]:
         """The units of an axis whose constants can be made good, and why others cannot.
@@ -130,6 +135,11 @@ class Constants:
                 name = r.weight.parameter
                 _add(found, name, self._tensors[name], more.movedim(0, r.weight.dim))
         return found
+
+
+def _form(run: Run) -> list[tuple[Dim | None, int]]:
+    """Which layers read, in their order, and how many channels."""
+    return [(x.reader, len(x.labels)) for x in run.arrivals]
 
 
 def _reader(runs: Sequence[Run], i: int, tensors: Mapping[str, Tensor], *, once: bool) -> _Reader:

@@ -9,12 +9,13 @@ from functools import reduce
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.former import explain_former
 from ..core.masks import Limits, as_context
-from ..core.names import LayerChoice, pick
+from ..core.names import LayerChoice, pick, plain, tensors_by_name
 from ..core.processes import refuse_sharded
 from ..core.target import Target
 from ..coupling.couple import couple
@@ -25,7 +26,7 @@ from ..measure.counts import counted, macs
 from ..measure.layers import layer_costs
 from .amounts import Amount, as_amount, counts_of, share_of
 from .budget import Budget, Reached
-from .check import Differences, observe
+from .check import Differences, elsewhere, observe
 from .constants import Constants
 from .explain import axes_table, draw_axes
 from .history import CutRecord, History
@@ -63,6 +64,7 @@ class Pruner:
         budget: what became of the last `Target`, see `Reached`; None without one.
     """
 
+    @torch.inference_mode(False)
     @explain_former("the share, context and criteria go to prune_model(0.4)")
     def __init__(
         self,
@@ -86,6 +88,7 @@ class Pruner:
         self._before = layer_costs(model, counts)
         self._couple()
 
+    @torch.inference_mode(False)
     @explain_former()
     def prune_model(
         self,
@@ -134,12 +137,14 @@ class Pruner:
                 size = sum(p.numel() for p in self.model.parameters())
                 self.history = self.history.also(replace(record, parameters=size))
         if plan.removed:
+            self._warn_of_idle(plan)
             self.history = self.history.noting(macs=macs(self.model, self.inputs).get(""))
         else:
             why = self._why_nothing(sparsity is None, decision)
             warnings.warn(f"nothing was removed: {why}", stacklevel=2)
         return self.model
 
+    @torch.inference_mode(False)
     @explain_former()
     def plan_for(
         self,
@@ -254,6 +259,8 @@ class Pruner:
         if amount is None:
             dense = observe(*where[:3], origins=True)
             constants = Constants(self.model, dense.runs)
+            if constants.loud:  # a sum over positions, say, would depend on how many there are
+                constants = Constants(self.model, [*dense.runs, *elsewhere(*where[:3])])
             chosen = zero_units(self.model, constants, self._axes, limits)
             trial = Trial(*where, dense=dense, constants=constants, verify=verify)
         else:
@@ -355,6 +362,22 @@ class Pruner:
             asked = share_of(as_amount(sparsity, context), axes, free, context)
         reached = min(1.0, sum(gone) / max(1, sum(free)))
         return CutRecord(plan, name, context, asked, reached, 0)
+
+    def _warn_of_idle(self, plan: Plan) -> None:
+        """Name layers that did not run and may have read what is gone: their width stays."""
+        said = self._coupling.analysis
+        gone = {shape[d] for n, shape in plan.shapes.items() for d in plan.kept.get(n, {}) if d < 2}
+        tensors = tensors_by_name(self.model)
+        idle = [n for n in said.idle if n in tensors and tensors[n].shape[1] in gone]
+        if idle:
+            layers = ", ".join(plain(n.rpartition(".")[0] or n) for n in idle[:4])
+            training = f" (in train mode it did not: {said.untrained[:200]})" * bool(said.untrained)
+            warnings.warn(
+                f"layers that did not run on the example inputs keep their width, and break where "
+                f"they read channels that are gone: {layers}{', ...' * (len(idle) > 4)}{training}. "
+                f"Pass inputs that reach them, or exclude the layers that they read",
+                stacklevel=3,
+            )
 
     def _why_nothing(self, exact: bool, decision: Decision) -> str:
         met = decision.reached
