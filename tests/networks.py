@@ -116,7 +116,7 @@ class TwoHeads(nn.Module):
     def __init__(self):
         super().__init__()
         self.boxes, self.classes = conv(12, 4, 1), nn.Linear(12, 6)
-        self.never = conv(12, 12)
+        self.never = conv(10, 10)
         self.b, self.bn = conv(8, 12), nn.BatchNorm2d(12)
         self.a = conv(3, 8)
 

@@ -1,0 +1,355 @@
+"""Networks as they are written in the wild, each with something that a pruner may trip over."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune as torch_prune
+import torchvision
+from networks import apart
+from torch import nn
+
+from fasterai.core.target import Target
+from fasterai.measure.profile import macs
+from fasterai.prune.pruner import Pruner
+from fasterai.sparse.sparsifier import Sparsifier
+
+# --- constants that depend on sizes --------------------------------------------------------------
+
+
+class Reduced(nn.Module):
+    """Half of the channels are constants behind a batch norm, and then positions are reduced."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.c, self.bn, self.o = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 2)
+        nn.init.constant_(self.bn.bias, 0.5)
+        with torch.no_grad():
+            self.c.weight[:4] = 0
+        self.reduce = reduce
+
+    def forward(self, x):
+        return self.o(self.reduce(F.relu(self.bn(self.c(x))).flatten(2)))
+
+
+def looped(h):
+    total = 0
+    for i in range(h.shape[2]):
+        total = total + h[:, :, i]
+    return total
+
+
+SIZED = {
+    "sum": lambda h: h.sum(2),
+    "product": lambda h: h.prod(2),
+    "log": lambda h: h.logsumexp(2),
+    "norm": lambda h: h.norm(dim=2),
+    "softmax": lambda h: h.softmax(2).amax(2),
+    "last": lambda h: h.cumsum(2)[:, :, -1],
+    "einsum": lambda h: torch.einsum("bcn->bc", h),
+    "matrix": lambda h: (h @ h.new_ones(h.shape[2], 1))[..., 0],
+    "loop": looped,
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_constants_that_sizes_make_are_left(name):
+    torch.manual_seed(0)
+    model = Reduced(SIZED[name]).double().eval()
+    larger = torch.randn(3, 3, 12, 12, dtype=torch.float64)
+    before = model(larger)
+    pruner = Pruner(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing may be removed
+        pruner.prune_model()
+    assert apart(before, model(larger)) < 1e-12
+    assert model.c.out_channels == 8 and len(pruner.kept()) == 4
+
+
+@pytest.mark.parametrize("name", ["mean", "amax"])
+def test_constants_that_no_size_changes_go(name):
+    torch.manual_seed(0)
+    model = Reduced(lambda h: getattr(h, name)(2)).double().eval()
+    larger = torch.randn(3, 3, 12, 12, dtype=torch.float64)
+    before = model(larger)
+    Pruner(model, torch.randn(2, 3, 8, 8, dtype=torch.float64)).prune_model()
+    assert apart(before, model(larger)) < 1e-12 and model.c.out_channels == 4
+
+
+def test_sums_over_the_batch():
+    """A set is a batch there."""
+
+    class Sets(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.n, self.o = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+            nn.init.constant_(self.n.bias, 0.5)
+            with torch.no_grad():
+                self.a.weight[:4] = 0
+
+        def forward(self, x):
+            return self.o(self.n(self.a(x)).relu().sum(0, keepdim=True))
+
+    torch.manual_seed(0)
+    model, x = Sets().double().eval(), torch.randn(7, 5, dtype=torch.float64)
+    before = model(x)
+    with pytest.warns(UserWarning, match="nothing was removed"):
+        Pruner(model, torch.randn(4, 5, dtype=torch.float64)).prune_model()
+    assert apart(before, model(x)) < 1e-12
+
+
+# --- what a run leaves behind --------------------------------------------------------------------
+
+
+class Caching(nn.Module):
+    """Masks that are made once, a list of losses, and a table that all instances share."""
+
+    shared = {}
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(5, 24), nn.Linear(8, 2)
+        self.masks, self.losses, self.nested = {}, [], {"seen": [set()]}
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        n = x.shape[1]
+        for cache in (self.masks, self.shared):
+            if n not in cache:
+                cache[n] = q.new_full((n, n), float("-inf")).triu(1)
+        self.losses.append(q.mean())
+        self.nested["seen"][0].add(n)
+        weights = (q @ k.mT / q.shape[-1] ** 0.5 + self.masks[n]).softmax(-1)
+        return self.o((weights + 0 * self.shared[n].exp()) @ v)
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_caches_are_as_before(ran):
+    Caching.shared.clear()
+    torch.manual_seed(0)
+    model, x = Caching().eval(), torch.randn(2, 6, 5)
+    before = model(x) if ran else None
+    inner = {**model.masks}, {**Caching.shared}, [*model.losses], set(model.nested["seen"][0])
+    pruner = Pruner(model, x)
+    assert (model.masks, Caching.shared, model.losses, model.nested["seen"][0]) == inner
+    if ran:
+        assert torch.equal(model(x), before)
+    pruner.prune_model(0.5)
+    assert model.o.in_features == 4 and model(x).shape == (2, 6, 2)
+    assert model.masks[6].device.type == "cpu" and all(not v.is_meta for v in model.losses)
+
+
+# --- layers that do not run ----------------------------------------------------------------------
+
+
+class Auxiliary(nn.Module):
+    """A head that only runs in training, which wants targets."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.aux, self.o = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x, y=None):
+        h = self.a(x).relu()
+        out = self.o(h).mean((2, 3))
+        if not self.training:
+            return out
+        if y is None:
+            raise ValueError("targets please")
+        return F.cross_entropy(out + self.aux(h).mean((2, 3)), y)
+
+
+def test_layers_that_did_not_run_are_named():
+    model, x, y = Auxiliary(), torch.randn(2, 3, 7, 7), torch.tensor([0, 1])
+    with pytest.warns(UserWarning, match="keep their width.*: aux .*targets please.*exclude"):
+        Pruner(model, x).prune_model(0.5)
+    model = Auxiliary()
+    Pruner(model, (x, y)).prune_model(0.5)  # with targets it runs
+    assert model.aux.in_channels == 4
+    model.train()(x, y).backward()
+
+
+def test_vectors_that_are_never_read_follow_their_layer():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.n = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.a, self.b, self.o = nn.Linear(8, 6), nn.Linear(6, 12), nn.Linear(12, 2)
+
+        def forward(self, x):
+            x = F.conv2d(x, self.c.weight)
+            x = F.batch_norm(x, self.n.running_mean, self.n.running_var).relu().mean((2, 3))
+            return self.o(F.linear(self.a(x).relu(), self.b.weight).relu())
+
+    model = Bare().eval()
+    Pruner(model, torch.randn(2, 3, 7, 7)).prune_model(0.5)
+    assert model.c.bias.shape == model.n.weight.shape == model.n.bias.shape == (4,)
+    assert model.b.bias.shape == (6,) and model.n.num_features == 4
+    model(torch.randn(3, 3, 9, 9)).sum().backward()
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def left(model, x):
+    """The share of the parameters that `prune_model(0.5)` leaves of a network that trains on."""
+    before = sum(p.numel() for p in model.parameters())
+    pruner = Pruner(model.eval(), x)
+    pruner.prune_model(0.5)
+    assert set(pruner.kept()["reason"]) <= {"network output"}
+    out = model.train()(*(x if isinstance(x, tuple) else (x,)))
+    out.sum().backward()
+    return sum(p.numel() for p in model.parameters()) / before
+
+
+def test_decoder_layers():
+    """Where keys are values, queries are a third of a packed weight and the others one part."""
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.i, self.o = nn.Embedding(11, 32), nn.Linear(5, 32), nn.Linear(32, 11)
+            self.d = nn.TransformerDecoderLayer(32, 4, 64, batch_first=True)
+
+        def forward(self, t, y):
+            return self.o(self.d(self.e(t), self.i(y)))
+
+    assert left(Decoder(), (torch.randint(0, 11, (2, 6)), torch.randn(2, 4, 5))) < 0.35
+
+
+def test_learned_queries():
+    """They have rows of their own, which are not what the scale of the product counts."""
+
+    class Latents(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.latents = nn.Parameter(torch.randn(1, 3, 8))
+            self.q, self.k, self.v = nn.Linear(8, 12), nn.Linear(5, 12), nn.Linear(5, 12)
+            self.o = nn.Linear(12, 2)
+
+        def forward(self, x):
+            q = self.q(self.latents.repeat(len(x), 1, 1))
+            return self.o(F.scaled_dot_product_attention(q, self.k(x), self.v(x)))
+
+    torch.manual_seed(0)
+    assert left(Latents(), torch.randn(2, 6, 5)) < 0.6
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_masks_of_one_value(full):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.o = nn.Linear(5, 8), nn.Linear(8, 12), nn.Linear(12, 2)
+
+        def forward(self, x, mask):
+            keep = mask[..., None]
+            return self.o(self.b((self.a(x).relu() * keep).sum(1) / keep.sum(1)).relu())
+
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[0, 4:] = full
+    assert left(Masked(), (torch.randn(2, 6, 5), mask)) < 0.5
+
+
+def test_attention_by_a_vector():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.w, self.o = nn.Linear(5, 8), nn.Parameter(torch.randn(8)), nn.Linear(8, 2)
+
+        def forward(self, x):
+            h = self.a(x).tanh()
+            return self.o((h * (h @ self.w).softmax(1)[..., None]).sum(1))
+
+    assert left(Pooled(), torch.randn(2, 6, 5)) < 0.6
+
+
+# --- weights and gates ---------------------------------------------------------------------------
+
+
+def test_masks_of_torch_prune():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU())
+    model.append(nn.Conv2d(6, 2, 1))
+    torch_prune.ln_structured(model[0], "weight", 0.5, n=2, dim=0)
+    with torch.no_grad():
+        model[0].bias[(model[0].weight == 0).flatten(1).all(1)] = 0
+    x = torch.randn(2, 3, 7, 7)
+    before = model(x)
+    Pruner(model, x).prune_model()
+    assert model[0].weight_orig.shape == model[0].weight_mask.shape == (4, 3, 3, 3)
+    assert model[0].out_channels == model[2].in_channels == 4
+    assert apart(before, model(x)) < 1e-6
+    model(torch.randn(3, 3, 9, 9)).sum().backward()
+
+
+def test_gated_linear_units():
+    def make():
+        torch.manual_seed(0)
+        gated = [nn.Conv1d(3, 16, 3), nn.GLU(1), nn.Conv1d(8, 16, 3), nn.GLU(1), nn.Conv1d(8, 2, 1)]
+        return nn.Sequential(*gated).double()
+
+    x = torch.randn(2, 3, 20, dtype=torch.float64)
+    assert left(make(), x) < 0.6
+    model = make()
+    Sparsifier(model, "filter", example_inputs=x).sparsify_model(0.5)
+    before = model(x)
+    Pruner(model, x).prune_model()
+    assert [model[i].out_channels for i in (0, 2)] == [8, 8] and apart(before, model(x)) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize(
+    "normed", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hook", "new"]
+)
+def test_weight_norm(normed):
+    """Its lengths count the inputs: ranked channels go, zeros are left where they would count."""
+    torch.manual_seed(0)
+    model = nn.Sequential(normed(nn.Conv1d(3, 16, 3)), nn.ReLU(), normed(nn.Conv1d(16, 12, 3)))
+    model.extend([nn.ReLU(), nn.Conv1d(12, 2, 1)])
+    assert left(model, torch.randn(2, 3, 20)) < 0.4
+    assert [model[i].out_channels for i in (0, 2)] == [8, 6] and model[2].in_channels == 8
+
+
+def test_deformable_convs():
+    class Deformed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.at = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 18, 3, padding=1)
+            self.d, self.o = torchvision.ops.DeformConv2d(8, 12, 3, padding=1), nn.Conv2d(12, 2, 1)
+
+        def forward(self, x):
+            return self.o(self.d(self.a(x).relu(), self.at(x)).relu())
+
+    model = Deformed().eval()
+    Pruner(model, torch.randn(2, 3, 9, 9)).prune_model(0.5)
+    assert model.a.out_channels == 4 and model.d.weight.shape[:2] == (6, 4)
+
+
+# --- how it is called ----------------------------------------------------------------------------
+
+
+def test_budgets_of_networks_that_run_on_views_of_parameters():
+    class Slots(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slots, self.n = nn.Parameter(torch.randn(1, 3, 16)), nn.LayerNorm(16)
+            self.f, self.o = nn.Linear(16, 32), nn.Linear(32, 2)
+
+        def forward(self, x):
+            slots = self.n(self.slots.expand(len(x), -1, -1))
+            return self.o(self.f(slots).relu() + x.mean())
+
+    model, x = Slots().eval(), torch.randn(2, 5)
+    before = macs(model, x)[""]
+    assert before == 3 * (16 * 32 + 32 * 2) and model.slots.requires_grad
+    Pruner(model, x).prune_model(Target(macs=0.5))
+    assert macs(model, x)[""] <= before / 2
+
+
+def test_inside_of_inference_mode():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4)
+    with torch.inference_mode():
+        Pruner(model, x).prune_model(0.5)
+    assert model[0].out_features == 4 and not any(p.is_inference() for p in model.parameters())
