@@ -265,6 +265,23 @@ def test_attention_by_a_vector():
     assert left(Pooled(), torch.randn(2, 6, 5)) < 0.6
 
 
+def test_recurrent_layers_with_projections():
+    class Projected(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.o = nn.Linear(5, 8), nn.Linear(6, 2)
+            self.r = nn.LSTM(8, 12, proj_size=6, batch_first=True)
+
+        def forward(self, x):
+            return self.o(self.r(self.i(x).relu())[0])
+
+    model = Projected().eval()
+    Pruner(model, torch.randn(2, 4, 5)).prune_model(0.5)
+    assert model.i.out_features == model.r.input_size == 4
+    assert (model.r.hidden_size, model.r.proj_size) == (12, 6)
+    model.train()(torch.randn(3, 4, 5)).sum().backward()
+
+
 # --- weights and gates ---------------------------------------------------------------------------
 
 

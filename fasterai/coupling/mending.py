@@ -223,7 +223,11 @@ def _recurrent(rnn: nn.RNNBase) -> dict[str, int]:
     reads, hidden = own.get("weight_ih_l0"), own.get("weight_hh_l0")
     if reads is None or hidden is None:
         return {}
-    return {"input_size": reads.shape[1], "hidden_size": hidden.shape[1]}
+    sizes = {"input_size": reads.shape[1], "hidden_size": hidden.shape[1]}
+    projection = own.get("weight_hr_l0")
+    if projection is not None:  # what comes back is narrower than the cell
+        sizes |= {"hidden_size": projection.shape[1], "proj_size": projection.shape[0]}
+    return sizes
 
 
 _BY_OTHER_NAMES = ("groups", "num_groups", "normalized_shape", "num_parameters")
