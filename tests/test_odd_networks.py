@@ -265,6 +265,7 @@ def test_attention_by_a_vector():
     assert left(Pooled(), torch.randn(2, 6, 5)) < 0.6
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_recurrent_layers_with_projections():
     class Projected(nn.Module):
         def __init__(self):

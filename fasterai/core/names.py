@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 __all__ = [
     "LayerChoice",
     "as_choices",
-    "asked_of",
+    "by_layer",
     "first_names",
-    "is_inside",
+    "layers_of",
     "modules_by_name",
     "must_be_module",
     "pick",
@@ -108,18 +108,16 @@ def plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def is_inside(layer: str, name: str) -> bool:
-    """Whether a layer is the one of that name, or in the block of that name."""
-    return layer == name or layer.startswith(f"{name}.")
+def layers_of(name: str, layers: Collection[str]) -> list[str]:
+    """The layer of that name, if it is one, else those in the block of that name."""
+    return [name] if name in layers else [k for k in layers if k.startswith(f"{name}.")]
 
 
-def asked_of(shares: Mapping[str, float], layers: Iterable[str]) -> dict[str, float]:
-    """What is asked of each of these layers: the share of the innermost name that holds it."""
+def by_layer(shares: Mapping[str, float], layers: Collection[str]) -> dict[str, float]:
+    """The share of each layer that is asked something; of several names the innermost counts."""
     found = {}
-    for layer in layers:
-        names = [name for name in shares if is_inside(layer, name)]
-        if names:
-            found[layer] = shares[max(names, key=len)]
+    for name in sorted(shares, key=len):
+        found.update(dict.fromkeys(layers_of(name, layers), shares[name]))
     return found
 
 

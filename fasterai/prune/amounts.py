@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from ..core.masks import as_fraction
-from ..core.names import asked_of, is_inside, plain, unknown_name
+from ..core.names import by_layer, layers_of, plain, unknown_name
 from ..core.target import Target
 from ..coupling.units import Axis
 
@@ -105,19 +105,20 @@ def _by_axis(
 ) -> list[float]:
     """A share for each axis; what is not named keeps all."""
     layers = [tuple(map(plain, axis.producers)) for axis in axes]
+    known = list(dict.fromkeys(name for names in layers for name in names))
     for name in amount:
-        owners = [a for a, own in enumerate(layers) if any(is_inside(x, name) for x in own)]
+        named = set(layers_of(name, known))
+        owners = [a for a, names in enumerate(layers) if named.intersection(names)]
         if not owners:
-            known = [name for names in layers for name in names]
             raise ValueError(unknown_name(name, known, "sparsity"))
         if not any(sizes[a] for a in owners):
             why = next((pin for a in owners for pin in axes[a].pins if pin), "it has no units")
             raise ValueError(
                 f"nothing of {name!r} can be removed: {why}; leave it out of the sparsities"
             )
-    shares = []
+    asked, shares = by_layer(amount, known), []
     for names in layers:
-        given = asked_of(amount, names)
+        given = {name: asked[name] for name in names if name in asked}
         if len(set(given.values())) > 1:
             raise ValueError(
                 f"these layers are coupled and need one sparsity: {given} (all of them: "

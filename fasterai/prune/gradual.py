@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.masks import Limits, as_context, as_fraction
-from ..core.names import LayerChoice, is_inside, plain, unwrapped
+from ..core.names import LayerChoice, layers_of, plain, unwrapped
 from ..core.records import Records, stand_in
 from ..core.target import Target
 from ..coupling.labels import PRODUCE, Dim
@@ -214,15 +214,12 @@ class GradualPruner(Pruner):
 
     def frozen(self, names: Iterable[str]) -> list[str]:
         """The layers and blocks, of these names, that have units, all of them frozen."""
-        layers: dict[bool, set[str]] = {True: set(), False: set()}
+        live: dict[str, bool] = {}
         for axis, trained in zip(self._axes, self._trained(self._axes), strict=True):
-            if axis.bundles:
-                layers[trained.bundles > 0].update(map(plain, axis.producers))
-
-        def any_in(name: str, trains: bool) -> bool:
-            return any(is_inside(layer, name) for layer in layers[trains])
-
-        return [name for name in names if any_in(name, False) and not any_in(name, True)]
+            for layer in map(plain, axis.producers if axis.bundles else ()):
+                live[layer] = live.get(layer, False) or trained.bundles > 0
+        found = {name: layers_of(name, live) for name in names}
+        return [name for name, own in found.items() if own and not any(live[x] for x in own)]
 
     def watch(self) -> None:
         """Take the weights as they are now for the initial and previous ones of the criterion."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-from fastai.callback.core import Callback
 from torch import nn
 
 from ..core.copies import copied
@@ -203,7 +202,7 @@ def _labelled(targets: Iterable[Any] | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _must_be_function(target: Any) -> None:
-    if isinstance(target, Callback):
+    if hasattr(target, "learn") and hasattr(target, "order"):  # a callback of fastai
         name = type(target).__name__
         raise TypeError(
             f"a {name} belongs to one fit: pass a function that makes it, as in lambda: {name}(...)"

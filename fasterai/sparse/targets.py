@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..core.granularity import Granularity
 from ..core.masks import Limits, as_fraction
-from ..core.names import asked_of, is_inside, plain
+from ..core.names import by_layer, layers_of, plain
 from .groups import Groups
 
 __all__ = ["origin", "targets_of"]
@@ -36,13 +36,15 @@ def targets_of(
     if together:
         raise ValueError("a sparsity for each layer needs context='local', got 'global'")
     layers = [tuple(map(plain, group.layers)) for group in groups]
+    known = list(dict.fromkeys(name for names in layers for name in names))
     fractions = {}
     for name, value in sparsity.items():
         who = f"sparsity of {name!r}"
         fractions[name] = granularity.allow(as_fraction(value, who), who)
-        if not isinstance(name, str) or not any(is_inside(x, name) for own in layers for x in own):
+        if not isinstance(name, str) or not layers_of(name, known):
             raise ValueError(no_such(name))
-    wanted = [asked_of(fractions, own) for own in layers]
+    asked = by_layer(fractions, known)
+    wanted = [{name: asked[name] for name in names if name in asked} for names in layers]
     for group, given in zip(groups, wanted, strict=True):
         if len(set(given.values())) > 1:
             raise ValueError(
