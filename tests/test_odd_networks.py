@@ -302,6 +302,31 @@ def test_masks_of_torch_prune():
     model(torch.randn(3, 3, 9, 9)).sum().backward()
 
 
+def test_weights_that_are_added_up():
+    """As in a RepVGG that is trained as one conv: a channel is zero where all of them are."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w3 = nn.Parameter(torch.randn(8, 3, 3, 3))
+            self.w1, self.w0 = (nn.Parameter(torch.randn(8, 3, 1, 1)) for _ in range(2))
+            self.o = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            weight = self.w3 + F.pad(self.w1 + self.w0, (1, 1, 1, 1))
+            return self.o(F.conv2d(x, weight, padding=1).relu())
+
+    torch.manual_seed(0)
+    model, x = Sum(), torch.randn(2, 3, 7, 7)
+    Sparsifier(model, "filter", example_inputs=x).sparsify_model(0.5)
+    zero = [(w == 0).flatten(1).all(1) for w in (model.w3, model.w1, model.w0)]
+    assert zero[0].sum() == 4 and torch.equal(zero[0], zero[1]) and torch.equal(zero[0], zero[2])
+    before = model(x)
+    Pruner(model, x).prune_model()
+    assert len(model.w3) == len(model.w1) == len(model.w0) == model.o.in_channels == 4
+    assert apart(before, model(x)) < 1e-6
+
+
 def test_gated_linear_units():
     def make():
         torch.manual_seed(0)

@@ -49,7 +49,7 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         for g in same:
             t.join(g.labels, f.labels)
             met.remove(g)
-        met.append(_widest(t, [*same, f]))
+        met.append(_widest(t, [*same, f], added=role == SHIFT))
     if len(operands) == 1:
         t.attach(result, met)
         return
@@ -82,10 +82,11 @@ def _aligned(t: Tracer, x: Tensor, ndim: int) -> tuple[tuple[int, ...], list[Fie
     return (*lead, *x.shape), fields
 
 
-def _widest(t: Tracer, fields: Sequence[Field]) -> Field:
+def _widest(t: Tracer, fields: Sequence[Field], *, added: bool) -> Field:
     """Of joined fields the one that varies most; a source, where all have one.
 
-    That of a parameter comes before that of a buffer, such as a mask.
+    That of a parameter comes before that of a buffer, such as a mask. Weights that are added up
+    make channels together.
     """
     f = max(fields, key=lambda g: len(g.dims))
     if any(set(g.dims) - set(f.dims) for g in fields):
@@ -95,6 +96,9 @@ def _widest(t: Tracer, fields: Sequence[Field]) -> Field:
     sources = [g.source for g in fields if g.source is not None]
     own = next((s for s in sources if s.parameter in t.parameters), None)
     derived = len(sources) == len(fields)
+    if derived and added and own is not None:
+        others = [d for s in sources for d in (s, *t.together.get(s, ())) if d != own]
+        t.together.setdefault(own, {}).update(dict.fromkeys(others, True))
     return Field(f.labels, (own or sources[0]) if derived else None)
 
 

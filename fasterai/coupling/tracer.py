@@ -91,6 +91,7 @@ class Tracer(TorchDispatchMode):
         self.products = beside()  # of two activations: the labels they were over
         self.uniform = beside()  # constants made in the run, of one value
         self.fixed = beside()  # parameters, buffers and what is made of them alone
+        self.together: dict[Dim, dict[Dim, bool]] = {}  # weights that are added to another one
         self.names = beside()
         for name, tensor in tensors.items():
             self.fixed[tensor] = True
@@ -197,12 +198,11 @@ class Tracer(TorchDispatchMode):
         """Note what a parameter's positions do, where the field is a parameter's own."""
         if f is None or f.source is None:
             return
-        if role == PRODUCE:
-            if f.source.parameter not in self.parameters:
-                role = FOLLOW
-            elif f.source.parameter not in self.said.order:
-                self.said.order.append(f.source.parameter)
-        self.said.roles.add((f.source, role))
+        for dim in (f.source, *self.together.get(f.source, ())):
+            mine = FOLLOW if role == PRODUCE and dim.parameter not in self.parameters else role
+            if mine == PRODUCE and dim.parameter not in self.said.order:
+                self.said.order.append(dim.parameter)
+            self.said.roles.add((dim, mine))
 
     def produce(self, out: Tensor, weight: Tensor, rows: Field | None) -> None:
         """A layer made `out` with `weight`, whose rows are its channels."""
