@@ -437,6 +437,11 @@ def test_bad_arguments():
         Pruner(make(Plain), torch.zeros(2, 7))
     with pytest.raises(ValueError, match="are on meta, the model is on cpu"):
         Pruner(make(Plain), images().to("meta"))
+    pruner = Pruner(make(Plain).to("meta"), images().to("meta"))
+    assert len(pruner.axes()) == 4
+    for sparsity in (None, 0.5):
+        with pytest.raises(ValueError, match="no numbers to rank"):
+            pruner.prune_model(sparsity)
     with pytest.raises(TypeError):
         Pruner(make(Plain), None)
     with pytest.raises(ValueError, match="nan for b.weight"):

@@ -250,6 +250,11 @@ class Pruner:
     ) -> Decision:
         """Choose, try and take back; the model is as before when this returns."""
         as_context(context)
+        if any(p.is_meta for p in self.model.parameters()):
+            raise ValueError(
+                "the model is on the meta device, where weights have no numbers to rank: load "
+                "them first; pruner.axes() and draw() need none"
+            )
         criterion = as_criterion(criteria)
         amount = None if sparsity is None else as_amount(sparsity, context)
         if isinstance(amount, Target):
