@@ -99,6 +99,18 @@ def test_others_are_left_as_they_are_and_types_follow():
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
+def test_the_order_of_memory_is_that_of_the_layer():
+    layer = emptied(nn.Conv2d(8, 16, 3), range(4)).float()
+    compact, x = CompactLayer(layer), torch.randn(2, 8, 6, 6)
+    for form in (torch.channels_last, torch.contiguous_format):
+        with torch.no_grad():
+            dense, out = layer(x.to(memory_format=form)), compact(x.to(memory_format=form))
+        assert out.stride() == dense.stride() and torch.allclose(out, dense, atol=1e-6)
+    background = compact.background.clone()
+    compact(torch.randn(8, 3, 3))
+    assert torch.equal(compact.background, background)
+
+
 def test_exported_programs():
     torch.manual_seed(0)
     inner = emptied(nn.Conv2d(3, 8, 3, padding=1), [1, 4, 5]).float()

@@ -135,6 +135,20 @@ def test_tables():
     assert bn_drift(learn.model, dls.train) is not None
 
 
+def test_whole_numbers_to_come_near_to():
+    """In a column they are classes only where the network gives a score for each."""
+    batches = [(torch.randn(8, 3), torch.randint(0, 5, (8, 1)))]
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 1))
+
+    def loss(out, y):
+        return (out - y).square().mean()
+
+    found = sensitivity(model, batches, loss_func=loss, progress=False)
+    assert found.metric == "loss"
+    with torch.no_grad():
+        assert found.dense == pytest.approx(float(loss(model(batches[0][0]), batches[0][1])))
+
+
 def texts():
     """A text classifier whose layers keep what they computed, and which gives a tuple."""
     config = {**awd_lstm_clas_config, "emb_sz": 6, "n_hid": 8, "n_layers": 2}

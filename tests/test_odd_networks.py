@@ -10,6 +10,7 @@ import torchvision
 from networks import apart
 from torch import nn
 
+from fasterai.audit.batch_norms import recalibrate_bn
 from fasterai.core.target import Target
 from fasterai.measure.profile import macs
 from fasterai.prune.pruner import Pruner
@@ -77,6 +78,20 @@ def test_constants_that_no_size_changes_go(name):
     assert apart(before, model(larger)) < 1e-12 and model.c.out_channels == 4
 
 
+def test_networks_that_take_squares_alone():
+    def square(h):
+        side = int(h.shape[2] ** 0.5)
+        return h.unflatten(2, (side, side)).sum((2, 3))
+
+    torch.manual_seed(0)
+    model = Reduced(square).double().eval()
+    larger = torch.randn(3, 3, 12, 12, dtype=torch.float64)
+    before = model(larger)
+    with pytest.warns(UserWarning, match="nothing was removed"):
+        Pruner(model, torch.randn(2, 3, 8, 8, dtype=torch.float64)).prune_model()
+    assert apart(before, model(larger)) < 1e-12
+
+
 def test_sums_over_the_batch():
     """A set is a batch there."""
 
@@ -140,6 +155,36 @@ def test_caches_are_as_before(ran):
     assert model.masks[6].device.type == "cpu" and all(not v.is_meta for v in model.losses)
 
 
+class Frozen(dict):
+    """It can neither be copied nor filled."""
+
+    def refuse(self, *args, **kwargs):
+        raise TypeError("frozen")
+
+    __setitem__ = update = clear = pop = __copy__ = refuse
+
+
+class Attributes(dict):
+    __getattr__ = dict.__getitem__
+
+
+KEPT = {
+    "frozen": lambda: Frozen(a=1),
+    "attributes": lambda: Attributes(a=1),
+    "large": lambda: dict.fromkeys(range(20_000)),
+    "tuple": lambda: ([],),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_containers_that_are_left_alone(name):
+    kept = KEPT[name]()
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model.kept = kept
+    Pruner(model, torch.randn(2, 4)).prune_model(0.5)
+    assert model.kept is kept and model[0].out_features == 4
+
+
 # --- layers that do not run ----------------------------------------------------------------------
 
 
@@ -187,6 +232,23 @@ def test_vectors_that_are_never_read_follow_their_layer():
     assert model.c.bias.shape == model.n.weight.shape == model.n.bias.shape == (4,)
     assert model.b.bias.shape == (6,) and model.n.num_features == 4
     model(torch.randn(3, 3, 9, 9)).sum().backward()
+
+
+def test_tied_vectors_and_tables_that_are_never_read():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.o = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 2)
+            self.b.bias = self.a.bias
+            self.a.register_buffer("steps", torch.arange(8.0))
+
+        def forward(self, x):
+            return self.o(self.a(x).relu() + self.b(x).relu())
+
+    model = Tied()
+    Pruner(model, torch.randn(2, 4)).prune_model(0.5)
+    assert model.b.bias is model.a.bias and len(model.a.bias) == 4
+    assert torch.equal(model.a.steps, torch.arange(8.0))
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -353,6 +415,9 @@ def test_weight_norm(normed):
     model.extend([nn.ReLU(), nn.Conv1d(12, 2, 1)])
     assert left(model, torch.randn(2, 3, 20)) < 0.4
     assert [model[i].out_channels for i in (0, 2)] == [8, 6] and model[2].in_channels == 8
+    model = nn.Sequential(normed(nn.Conv1d(3, 16, 3)), nn.ReLU(), normed(nn.Conv1d(16, 2, 3)))
+    Pruner(model, torch.randn(2, 3, 20)).prune_model(Target(macs=0.5))
+    assert model[2].in_channels == 8
 
 
 def test_deformable_convs():
@@ -393,6 +458,9 @@ def test_budgets_of_networks_that_run_on_views_of_parameters():
 
 def test_inside_of_inference_mode():
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4)
+    normed = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     with torch.inference_mode():
         Pruner(model, x).prune_model(0.5)
+        recalibrate_bn(normed, [(torch.randn(4, 3, 8, 8),)])
+    assert normed[1].running_mean.any()
     assert model[0].out_features == 4 and not any(p.is_inference() for p in model.parameters())

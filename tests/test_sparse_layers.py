@@ -121,6 +121,18 @@ def test_channels_of_zeros_are_not_computed(clock):
         assert apart(model(x), small(x)) < 1e-6
 
 
+def test_layers_whose_weight_torch_reads_in_a_shortcut_stay(clock):
+    clock.update(rows=1.9, columns=1.9, compact=1.0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    with torch.no_grad():
+        model.linear1.weight[:16], model.linear2.weight[:, :16] = 0, 0
+    x = torch.randn(2, 5, 16)
+    small, table = sparse_linear(model, x)
+    with torch.inference_mode():  # torch takes it there
+        assert apart(model(x), small.eval()(x)) < 1e-6
+    assert table["reason"].str.contains("the network breaks").all()
+
+
 def test_copies_go_to_files_and_back(clock, tmp_path):
     small, _ = sparse_linear(network(), torch.randn(4, 3, 4, 4))
     torch.save(small.state_dict(), tmp_path / "a")

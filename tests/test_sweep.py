@@ -23,7 +23,7 @@ from fasterai.measure.profile import macs
 from fasterai.prune.amounts import Units
 from fasterai.prune.callback import PruneCallback
 from fasterai.report.pictures import plot_frontier
-from fasterai.report.sweep import sweep
+from fasterai.report.sweep import _labelled, sweep
 from fasterai.sparse.callback import SparsifyCallback
 
 QUIET = {"progress": False, "lr": 1e-2}
@@ -78,6 +78,14 @@ class Stop(Callback):
     def after_step(self):
         if self.fits == self.at:
             raise self.error
+
+
+def test_classes_make_callbacks_too(tmp_path):
+    class Half(PruneCallback):
+        def __init__(self):
+            super().__init__(0.5)
+
+    assert _labelled({"half": Half}) == {"half": Half}
 
 
 def test_the_table_tells_what_the_kept_networks_are():

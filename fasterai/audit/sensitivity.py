@@ -218,7 +218,7 @@ class _Measure:
 
 def _measure(network: nn.Module, batches: Sequence[Batch], metric: Any, loss_func: Any) -> _Measure:
     if metric is None:
-        metric = "accuracy" if all(b.classes is not None for b in batches) else "loss"
+        metric = "accuracy" if all(_tells_classes(network, b) for b in batches) else "loss"
     if callable(metric):
         return _Measure(network, batches, getattr(metric, "__name__", "metric"), metric)
     if metric not in ("accuracy", "loss"):
@@ -231,6 +231,15 @@ def _measure(network: nn.Module, batches: Sequence[Batch], metric: Any, loss_fun
             "outputs and targets, higher = better"
         )
     return _Measure(network, batches, metric, loss_func if metric == "loss" else _accuracy)
+
+
+def _tells_classes(network: nn.Module, batch: Batch) -> bool:
+    """Whether targets are class numbers; those in a column may be numbers to come near to."""
+    if batch.classes is None or batch.targets[0].ndim == 1:
+        return batch.classes is not None
+    with run_quietly(network):
+        outputs = batch.inputs(network)
+    return isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > 1
 
 
 def _accuracy(outputs: Tensor, target: Tensor) -> Tensor:

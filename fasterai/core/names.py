@@ -13,6 +13,7 @@ __all__ = [
     "as_choices",
     "by_layer",
     "first_names",
+    "frozen_of",
     "layers_of",
     "modules_by_name",
     "must_be_module",
@@ -119,6 +120,12 @@ def by_layer(shares: Mapping[str, float], layers: Collection[str]) -> dict[str, 
     for name in sorted(shares, key=len):
         found.update(dict.fromkeys(layers_of(name, layers), shares[name]))
     return found
+
+
+def frozen_of(names: Iterable[str], live: Mapping[str, bool]) -> list[str]:
+    """The layers and blocks, of these names, of whose layers none trains: {layer: it trains}."""
+    found = {name: layers_of(name, live) for name in names}
+    return [name for name, own in found.items() if own and not any(live[x] for x in own)]
 
 
 def unknown_name(name: str, known: Iterable[str], argument: str) -> str:

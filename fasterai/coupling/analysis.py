@@ -126,14 +126,15 @@ def analyse(
     grids = {(g.shape, g.tobytes()): g for g in laid_out}
     touched = {name for run in runs for name in run.touched}
     roles = _roles(runs)
-    unread = _unread_vectors(model, roles, touched)
+    sizes = {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()}
+    unread = _unread_vectors(model, roles, sizes, touched)
     spans = [(first[d] + np.arange(n), first[like] + np.arange(n)) for d, like, n in unread]
     classes = _classes(classes, [], spans)
     roles.update((d, FOLLOW) for d, _, _ in unread)
     idle = [n for n, p in model.named_parameters() if n not in touched and p.ndim > 1]
     return Analysis(
         first,
-        {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()},
+        sizes,
         classes,
         _pinned(classes, runs),
         _noted(classes, sorted(_mixed(runs), key=lambda note: note[1] == NORMALISED)),
@@ -182,28 +183,35 @@ def _train(
 
 
 def _unread_vectors(
-    model: nn.Module, roles: Mapping[Dim, str], touched: Collection[str]
+    model: nn.Module,
+    roles: Mapping[Dim, str],
+    sizes: Mapping[Dim, int],
+    touched: Collection[str],
 ) -> list[tuple[Dim, Dim, int]]:
     """Biases and the like that are never read, though their layer's weight is, and its rows.
 
     They follow these, so that the layer stays one.
     """
+    names = {id(x): name for name, x in [*model.named_parameters(), *model.named_buffers()]}
     found = []
-    for prefix, module in model.named_modules():
+    for module in model.modules():
         if not isinstance(module, _WITH_ROWS):
             continue
-        vectors = {
-            k: x
-            for k, x in (*module._parameters.items(), *module._buffers.items())
-            if x is not None and x.ndim == 1
+        own = {
+            k: getattr(module, k, None) for k in ("weight", "bias", "running_mean", "running_var")
         }
-        rows = Dim(f"{prefix}.weight".lstrip("."), int(getattr(module, "transposed", False)))
-        known = [Dim(f"{prefix}.{k}".lstrip("."), 0) for k in vectors]
-        like = next((d for d in (rows, *known) if d in roles), None)
-        sizes = {d: len(x) for d, x in zip(known, vectors.values(), strict=True)}
-        for dim, size in sizes.items():
-            if like is not None and size > 1 and dim.parameter not in touched:
-                found.append((dim, like, size))
+        known = {k: names[id(x)] for k, x in own.items() if id(x) in names}
+        rows = [
+            Dim(n, int(k == "weight" and getattr(module, "transposed", False)))
+            for k, n in known.items()
+        ]
+        like = next((d for d in rows if d in roles), None)
+        for key, name in known.items():
+            x, dim = own[key], Dim(name, 0)
+            if like is None or name in touched or x.ndim != 1 or len(x) < 2:
+                continue
+            if len(x) == sizes.get(like):
+                found.append((dim, like, len(x)))
     return found
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from numbers import Integral
 from typing import Any
 
@@ -132,8 +132,8 @@ class Inputs:
     def random_like(self) -> Inputs:
         """Other inputs of the same form: floats are normal with the same mean and spread.
 
-        Integers stay as they are, for they may be indices; of bools, which may be masks, samples
-        have each other's. The global random state is not touched.
+        Integers stay as they are, for they may be indices. Bools may be masks: samples exchange
+        theirs; a single one keeps them. The global random state is not touched.
         """
         generator = torch.Generator().manual_seed(0)
 
@@ -147,22 +147,33 @@ class Inputs:
 
         return Inputs(*tree_map(_each_tensor(other), (self.args, self.kwargs)), self.samples)
 
-    def elsewhere(self) -> Iterator[Inputs]:
-        """Other sizes: one sample more, and one sample that is twice as long in one dimension.
+    def other_sizes(self) -> Iterator[Inputs]:
+        """A batch of one more, and single samples that are twice as long in some dimensions.
 
-        Inputs with as many positions, tokens and their mask say, grow together.
+        These are single dimensions, and those of one size together, for square images. Inputs with
+        as many positions, tokens and their mask say, grow together; on a GPU tokens do not, for a
+        position that is not there would end all work on it.
         """
         if self.samples:
             yield self.batch(self.samples + 1)
         few = self._first(1)
-        for d in range(1 if self.samples else 0, max(x.ndim for x in few.tensors)):
-            for size in sorted({x.shape[d] for x in few.tensors if x.ndim > d}):
+        if any(x.device.type == "cuda" and not x.is_floating_point() for x in few.tensors):
+            return
+        begin = 1 if self.samples else 0
+        places = {(d, n) for x in few.tensors for d, n in enumerate(x.shape) if d >= begin}
+        ways = [[place] for place in sorted(places)]
+        for size in sorted({n for _, n in places}):
+            same = sorted(place for place in places if place[1] == size)
+            ways += [same] if len(same) > 1 else []
+        for way in ways:
 
-                def longer(x: Tensor, d: int = d, size: int = size) -> Tensor:
-                    return torch.cat([x, x], d) if x.ndim > d and x.shape[d] == size else x
+            def longer(x: Tensor, way: Sequence[tuple[int, int]] = way) -> Tensor:
+                for d, size in way:
+                    x = torch.cat([x, x], d) if x.ndim > d and x.shape[d] == size else x
+                return x
 
-                args, kwargs = tree_map(_each_tensor(longer), (few.args, few.kwargs))
-                yield Inputs(args, kwargs, few.samples)
+            args, kwargs = tree_map(_each_tensor(longer), (few.args, few.kwargs))
+            yield Inputs(args, kwargs, few.samples)
 
     def beside(self, other: Inputs) -> Inputs:
         """One batch of the samples of both, which have the same form and a batch dimension."""
@@ -301,7 +312,8 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
     attributes = [(m, dict(m.__dict__)) for m in modules]
     modes = [(m, m.training) for m in modules]
     buffers = [(m, dict(m._buffers)) for m in modules]
-    copies = {id(b): b.clone() for _, own in buffers for b in own.values() if b is not None}
+    with torch.inference_mode(False), torch.no_grad():
+        copies = {id(b): b.clone() for _, own in buffers for b in own.values() if b is not None}
     try:
         for module, own in buffers:  # it runs on copies: a graph that is alive keeps its buffers
             module._buffers.update({k: copies[id(b)] for k, b in own.items() if b is not None})
@@ -323,8 +335,8 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
             if len(now) != len(before) or any(now.get(k) is not v for k, v in before.items()):
                 now.clear()
                 now.update(before)
-        for container, content in containers:
-            _refill(container, content)
+        for container in containers:
+            _refill(*container)
         for module, mode in modes:
             module.training = mode
         for module, own in buffers:
@@ -334,35 +346,41 @@ def run_quietly(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 
 _OWN = frozenset(vars(nn.Module()))
+_CONTAINERS = OrderedDict, dict, list, set, deque
+_MOST = 10_000  # what holds more is a table, not a cache
 
 
-def _containers(modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
-    """Lists, dicts, sets and deques that modules or their classes keep, with copies of them."""
-    classes = {c for m in modules for c in type(m).__mro__ if not c.__module__.startswith("torch")}
+def _containers(modules: Sequence[nn.Module]) -> list[tuple[Any, type, list[Any]]]:
+    """Lists, dicts, sets and deques that modules or their classes keep; of what kind, and what."""
+    classes = {c for m in modules for c in type(m).__mro__ if c.__module__.split(".")[0] != "torch"}
     todo = [x for m in modules for name, x in vars(m).items() if name not in _OWN]
     todo += [x for c in classes for name, x in vars(c).items() if not name.startswith("__")]
-    found: dict[int, tuple[Any, Any]] = {}
+    found: dict[int, tuple[Any, type, list[Any]]] = {}
     while todo:
         x = todo.pop()
-        if isinstance(x, dict | list | set | deque) and id(x) not in found:
-            found[id(x)] = x, copy(x)
-            todo.extend(x.values() if isinstance(x, dict) else x)
+        kind = next((kind for kind in _CONTAINERS if isinstance(x, kind)), None)
+        if kind is not None and id(x) not in found and len(x) <= _MOST:
+            content = _content(x, kind)
+            found[id(x)] = x, kind, content
+            inside = [v for _, v in content] if issubclass(kind, dict) else content
+            todo.extend(v for v in inside if isinstance(v, (*_CONTAINERS, tuple)))
+        elif isinstance(x, tuple):
+            todo.extend(v for v in x if isinstance(v, (*_CONTAINERS, tuple)))
     return list(found.values())
 
 
-def _refill(container: Any, content: Any) -> None:
+def _content(x: Any, kind: type) -> list[Any]:
+    """What a container holds, whatever its class makes of that."""
+    return list(kind.items(x) if issubclass(kind, dict) else kind.__iter__(x))
+
+
+def _refill(x: Any, kind: type, content: list[Any]) -> None:
     """Put back what was in a container, if that is something else now."""
-    same = len(container) == len(content) and all(
-        a is b for a, b in zip(container, content, strict=True)
-    )
-    if same and isinstance(container, dict):
-        same = all(container[k] is x for k, x in content.items())
-    if not same:
-        container.clear()
-        if isinstance(container, dict | set):
-            container.update(content)
-        else:
-            container.extend(content)
+    now = _content(x, kind)
+    flat = [list(chain.from_iterable(c)) if issubclass(kind, dict) else c for c in (now, content)]
+    if len(flat[0]) != len(flat[1]) or any(a is not b for a, b in zip(*flat, strict=True)):
+        kind.clear(x)
+        (kind.update if issubclass(kind, dict | set) else kind.extend)(x, content)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .inputs import operands_in
-from .labels import CONSUME, FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Field
+from .labels import CONSUME, FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Dim, Field
 from .tracer import Tracer
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "layer_norm",
     "note_factor",
     "pointwise",
+    "weight_norm",
 ]
 
 
@@ -49,7 +50,9 @@ def pointwise(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         for g in same:
             t.join(g.labels, f.labels)
             met.remove(g)
-        met.append(_widest(t, [*same, f], added=role == SHIFT))
+        if role == SHIFT:
+            _make_together(t, [*same, f])
+        met.append(_widest(t, [*same, f]))
     if len(operands) == 1:
         t.attach(result, met)
         return
@@ -82,24 +85,30 @@ def _aligned(t: Tracer, x: Tensor, ndim: int) -> tuple[tuple[int, ...], list[Fie
     return (*lead, *x.shape), fields
 
 
-def _widest(t: Tracer, fields: Sequence[Field], *, added: bool) -> Field:
-    """Of joined fields the one that varies most; a source, where all have one.
+def _make_together(t: Tracer, fields: Sequence[Field]) -> None:
+    """Weights that are added up make channels together: the first of them notes the others."""
+    sources = [g.source for g in fields if g.source is not None]
+    own = _foremost(t, sources)
+    if own is not None and len(sources) == len(fields):
+        others = [d for s in sources for d in (s, *t.together.get(s, ())) if d != own]
+        t.together.setdefault(own, {}).update(dict.fromkeys(others, True))
 
-    That of a parameter comes before that of a buffer, such as a mask. Weights that are added up
-    make channels together.
-    """
+
+def _foremost(t: Tracer, sources: Sequence[Dim]) -> Dim | None:
+    """The first that is of a parameter, not of a buffer such as a mask; else the first."""
+    return next((s for s in sources if s.parameter in t.parameters), next(iter(sources), None))
+
+
+def _widest(t: Tracer, fields: Sequence[Field]) -> Field:
+    """Of joined fields the one that varies most; a source, where all have one."""
     f = max(fields, key=lambda g: len(g.dims))
     if any(set(g.dims) - set(f.dims) for g in fields):
         t.pin(fields, "channels met along different dimensions")
     if len(fields) == 1:
         return f
     sources = [g.source for g in fields if g.source is not None]
-    own = next((s for s in sources if s.parameter in t.parameters), None)
     derived = len(sources) == len(fields)
-    if derived and added and own is not None:
-        others = [d for s in sources for d in (s, *t.together.get(s, ())) if d != own]
-        t.together.setdefault(own, {}).update(dict.fromkeys(others, True))
-    return Field(f.labels, (own or sources[0]) if derived else None)
+    return Field(f.labels, _foremost(t, sources) if derived else None)
 
 
 def _held(t: Tracer, f: Field, operands: Sequence[Any], name: str) -> Field | None:

@@ -13,7 +13,16 @@ from .inputs import map_tensors
 from .labels import FIXED, SHIFT, Field
 from .tracer import Tracer
 
-__all__ = ["concatenation", "indexing", "movement", "padding", "parting", "shuffling", "stacking"]
+__all__ = [
+    "concatenation",
+    "gating",
+    "indexing",
+    "movement",
+    "padding",
+    "parting",
+    "shuffling",
+    "stacking",
+]
 
 
 def movement(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:

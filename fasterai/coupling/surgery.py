@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -117,6 +118,12 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
             data = smaller(tensors[name], cuts, plan.steps.get(name, ()), scratch)
         is_parameter = isinstance(tensors[name], nn.Parameter)
         shadows[id(tensors[name])] = nn.Parameter(data, False) if is_parameter else data
+    if shapes:  # what makes a weight of several cannot compute with numbers and shapes alike
+        makers = [m for m in model.modules() if _recomputing(m) or type(m) is ParametrizationList]
+        for x in (x for m in makers for x in (*m._parameters.values(), *m._buffers.values())):
+            if x is not None and id(x) not in shadows:
+                data = _outline(x, {})
+                shadows[id(x)] = nn.Parameter(data, False) if isinstance(x, nn.Parameter) else data
     undo: list[Callable[[], None]] = [lambda: _recompute(model.modules())]
     try:
         for module in model.modules():
@@ -229,10 +236,15 @@ def _mend(model: nn.Module, cut: set[int], plan: Cut, undo: list[Callable[[], No
 def _recompute(modules: Iterable[nn.Module]) -> None:
     """Weights that hooks make of others before each run, so that their sizes can be read."""
     for module in modules:
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, BasePruningMethod | WeightNorm):
-                with torch.no_grad():
-                    hook(module, ())
+        for hook in _recomputing(module):
+            with torch.no_grad():
+                hook(module, ())
+
+
+def _recomputing(module: nn.Module) -> list[Any]:
+    """The hooks that make a weight of others."""
+    hooks = module._forward_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, BasePruningMethod | WeightNorm)]
 
 
 def _must_agree(model: nn.Module, layers: Sequence[nn.Module]) -> None:

@@ -16,7 +16,7 @@ class CompactLayer(nn.Module):
     """A layer for inference without the rows and columns of its weight that are zero.
 
     Inputs whose columns are zero are not read, outputs whose rows are zero are their bias, so
-    that the shapes around it stay.
+    that the shapes around it stay; inf and nan in what is not read do not count.
 
     Args:
         layer: a linear layer, or a conv of one group or of one for each channel.
@@ -56,8 +56,10 @@ class CompactLayer(nn.Module):
             return out
         shape = [*out.shape]
         shape[self.dim] = len(self.background)
-        whole = self.background.to(out.dtype).expand(shape)
-        return whole.index_copy(self.dim, self.outputs, out)
+        last = out.ndim == 4 and not out.is_contiguous() and out.stride(1) == 1
+        form = torch.channels_last if last else torch.contiguous_format
+        whole = self.background.to(out.dtype).expand(shape).clone(memory_format=form)
+        return whole.index_copy_(self.dim, self.outputs, out)
 
     def extra_repr(self) -> str:
         return f"of {' x '.join(map(str, self.shape))}"

@@ -196,9 +196,10 @@ def _kinds(layer: nn.Module) -> _Kinds:
 
 def _worthwhile(layer: nn.Module, zeros: float) -> _Kinds:
     """The forms that may be faster with so many zeros, as they are spread."""
-    compact = can_be_compact(layer) and saving(layer) >= _LEAST_CHANNELS
-    may = {kind: compact if kind == "compact" else zeros >= _LEAST for kind in _kinds(layer)}
-    return {kind: form for kind, form in _kinds(layer).items() if may[kind]}
+    kinds = _kinds(layer)
+    compact = kinds.pop("compact", None)
+    kinds = kinds if zeros >= _LEAST else {}
+    return kinds | ({"compact": compact} if compact and saving(layer) >= _LEAST_CHANNELS else {})
 
 
 def _unpadded(conv: nn.Module) -> bool:

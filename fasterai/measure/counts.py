@@ -210,9 +210,9 @@ def _continuous(x: Tensor) -> bool:
 
 _PRODUCTS = """convolution mm addmm bmm baddbmm mv addmv dot _fft_r2c _fft_c2r _fft_c2c
     torchvision::deform_conv2d"""
-_MOVING = """index_put scatter scatter_add scatter_reduce masked_scatter masked_select triu tril
-    resize set _unsafe_index cummax cummin median mode kthvalue unique_dim _unique2 renorm rot90
-    random exponential multinomial max_unpool2d"""
+_MOVING = """index_copy index_put scatter scatter_add scatter_reduce masked_scatter masked_select
+    triu tril resize set _unsafe_index cummax cummin median mode kthvalue unique_dim _unique2 renorm
+    rot90 random exponential multinomial max_unpool2d"""
 _FREE = set(RULES) - set(_PRODUCTS.split()) | set(_MOVING.split())
 
 

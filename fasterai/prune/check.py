@@ -14,7 +14,7 @@ from ..coupling.labels import Dim, Run
 from ..coupling.run import run_numbers
 from ..coupling.units import Coupling
 
-__all__ = ["Differences", "Observation", "alike", "differences", "elsewhere", "observe"]
+__all__ = ["Differences", "Observation", "alike", "differences", "observe", "observe_other_sizes"]
 
 # The largest relative difference that rounding explains; wrong wiring gives far more.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -95,10 +95,10 @@ def observe(
     return Observation([tensors_in(out) for _, out in runs], [said for said, _ in runs], peaks)
 
 
-def elsewhere(model: nn.Module, inputs: Inputs, coupling: Coupling) -> list[Run]:
-    """What runs on inputs of other sizes say, of a network that takes such; see `observe`."""
+def observe_other_sizes(model: nn.Module, inputs: Inputs, coupling: Coupling) -> list[Run]:
+    """Run a network on inputs of other sizes, where it takes them; what each of the runs says."""
     labels, said = coupling.labels({}), []
-    for other in inputs.elsewhere():
+    for other in inputs.other_sizes():
         try:
             said.append(run_numbers(model, other, labels, origins=True)[0])
         except Exception:  # whatever user code raises on such

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.masks import Limits, as_context, as_fraction
-from ..core.names import LayerChoice, layers_of, plain, unwrapped
+from ..core.names import LayerChoice, frozen_of, plain, unwrapped
 from ..core.records import Records, stand_in
 from ..core.target import Target
 from ..coupling.labels import PRODUCE, Dim
@@ -218,8 +218,7 @@ class GradualPruner(Pruner):
         for axis, trained in zip(self._axes, self._trained(self._axes), strict=True):
             for layer in map(plain, axis.producers if axis.bundles else ()):
                 live[layer] = live.get(layer, False) or trained.bundles > 0
-        found = {name: layers_of(name, live) for name in names}
-        return [name for name, own in found.items() if own and not any(live[x] for x in own)]
+        return frozen_of(names, live)
 
     def watch(self) -> None:
         """Take the weights as they are now for the initial and previous ones of the criterion."""

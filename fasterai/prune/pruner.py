@@ -26,7 +26,7 @@ from ..measure.counts import counted, macs
 from ..measure.layers import layer_costs
 from .amounts import Amount, as_amount, counts_of, share_of
 from .budget import Budget, Reached
-from .check import Differences, elsewhere, observe
+from .check import Differences, observe, observe_other_sizes
 from .constants import Constants
 from .explain import axes_table, draw_axes
 from .history import CutRecord, History
@@ -265,7 +265,7 @@ class Pruner:
             dense = observe(*where[:3], origins=True)
             constants = Constants(self.model, dense.runs)
             if constants.loud:  # a sum over positions, say, would depend on how many there are
-                constants = Constants(self.model, [*dense.runs, *elsewhere(*where[:3])])
+                constants = Constants(self.model, [*dense.runs, *observe_other_sizes(*where[:3])])
             chosen = zero_units(self.model, constants, self._axes, limits)
             trial = Trial(*where, dense=dense, constants=constants, verify=verify)
         else:

@@ -13,7 +13,7 @@ from ..core.criteria import Criterion, Lookup, as_criterion, large_final
 from ..core.former import explain_former
 from ..core.granularity import Granularity
 from ..core.masks import Limits, apply_masks, as_context, choose_cuts, zero_marks
-from ..core.names import LayerChoice, layers_of, plain, unknown_name, unwrapped
+from ..core.names import LayerChoice, frozen_of, plain, unknown_name, unwrapped
 from ..core.processes import Processes, refuse_sharded
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
 from ..core.records import Records, refuse_equal, stand_in
@@ -229,8 +229,7 @@ class Sparsifier:
         """The layers and blocks, of these names, that are chosen, but frozen."""
         live = {plain(k): False for k, why in self.skipped.items() if why == FROZEN}
         live |= {plain(layer): True for group in self._groups for layer in group.layers}
-        found = {name: layers_of(name, live) for name in names}
-        return [name for name, own in found.items() if own and not any(live[x] for x in own)]
+        return frozen_of(names, live)
 
     def held(self) -> tuple[float, ...]:
         """The share of the groups that is zero in the model, in the form of `targets`."""
