@@ -208,12 +208,14 @@ def _swap(tensor: Tensor, data: Tensor) -> Callable[[], None]:
 
 
 def _owners(model: nn.Module, ids: set[int]) -> list[nn.Module]:
-    """The modules that hold one of these tensors."""
-    return [
-        m
-        for m in model.modules()
-        if any(id(t) in ids for t in (*m._parameters.values(), *m._buffers.values()))
-    ]
+    """The modules that hold one of these tensors, also as what a weight is computed from."""
+
+    def held(module: nn.Module) -> Iterator[Any]:
+        made = module._modules.get("parametrizations")
+        yield from (*module._parameters.values(), *module._buffers.values())
+        yield from () if made is None else (*made.parameters(), *made.buffers())
+
+    return [m for m in model.modules() if any(id(t) in ids for t in held(m))]
 
 
 def _mend(model: nn.Module, cut: set[int], plan: Cut, undo: list[Callable[[], None]]) -> None:
