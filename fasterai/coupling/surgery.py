@@ -120,8 +120,8 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
         shadows[id(tensors[name])] = nn.Parameter(data, False) if is_parameter else data
     if shapes:  # what makes a weight of several cannot compute with numbers and shapes alike
         makers = [m for m in model.modules() if _recomputing(m) or type(m) is ParametrizationList]
-        for x in (x for m in makers for x in (*m._parameters.values(), *m._buffers.values())):
-            if x is not None and id(x) not in shadows:
+        for x in (x for m in makers for x in (*m.parameters(), *m.buffers())):
+            if id(x) not in shadows:
                 data = _outline(x, {})
                 shadows[id(x)] = nn.Parameter(data, False) if isinstance(x, nn.Parameter) else data
     undo: list[Callable[[], None]] = [lambda: _recompute(model.modules())]
