@@ -198,7 +198,9 @@ def _unread_vectors(
         if not isinstance(module, _WITH_ROWS):
             continue
         own = {
-            k: getattr(module, k, None) for k in ("weight", "bias", "running_mean", "running_var")
+            k: x
+            for k, x in (*module._parameters.items(), *module._buffers.items())
+            if k in _VECTORS
         }
         known = {k: names[id(x)] for k, x in own.items() if id(x) in names}
         rows = [
@@ -208,13 +210,14 @@ def _unread_vectors(
         like = next((d for d in rows if d in roles), None)
         for key, name in known.items():
             x, dim = own[key], Dim(name, 0)
-            if like is None or name in touched or x.ndim != 1 or len(x) < 2:
+            if like is None or name in touched or x.ndim != 1 or dim not in sizes:
                 continue
             if len(x) == sizes.get(like):
                 found.append((dim, like, len(x)))
     return found
 
 
+_VECTORS = "weight", "bias", "running_mean", "running_var"
 _WITH_ROWS = (
     nn.Linear,
     nn.modules.conv._ConvNd,

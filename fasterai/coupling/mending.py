@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .analysis import Analysis
@@ -164,17 +166,36 @@ def _widths(
 def layer_integers(module: nn.Module) -> dict[str, Any]:
     """What a layer's integers must be, read from its tensors."""
     known = next((f for kind, f in _LAYERS.items() if isinstance(module, kind)), None)
-    return known(module) if known else {}
+    if known is None:
+        return {}
+    with _at_rest(module):
+        return known(module)
 
 
 def agrees(module: nn.Module) -> bool:
     """Whether a layer's tensors and integers fit together; True for what is no layer."""
     sizes, own = layer_integers(module), vars(module)
     out = next((sizes[name] for name in _OUT if name in sizes), None)
-    vectors = (getattr(module, name, None) for name in _VECTORS if out is not None)
+    with _at_rest(module):
+        found = [getattr(module, name, None) for name in _VECTORS if out is not None]
     return all(own.get(name, value) == value for name, value in sizes.items()) and all(
-        len(x) == out for x in vectors if isinstance(x, Tensor) and x.ndim == 1
+        len(x) == out for x in found if isinstance(x, Tensor) and x.ndim == 1
     )
+
+
+@contextmanager
+def _at_rest(module: nn.Module) -> Iterator[None]:
+    """Weights are computed without the steps that spectral norms take in training."""
+    made = module._modules.get("parametrizations")
+    moving = [] if made is None else [m for m in made.modules() if m.training]
+    try:
+        for m in moving:
+            m.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for m in moving:
+            m.training = True
 
 
 def _conv(conv: Any) -> dict[str, int]:
