@@ -202,9 +202,8 @@ def _labelled(targets: Iterable[Any] | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _must_be_function(target: Any) -> None:
-    if (
-        not isinstance(target, type) and hasattr(target, "learn") and hasattr(target, "order")
-    ):  # a callback of fastai
+    made = not isinstance(target, type)
+    if made and hasattr(target, "learn") and hasattr(target, "order"):  # a callback of fastai
         name = type(target).__name__
         raise TypeError(
             f"a {name} belongs to one fit: pass a function that makes it, as in lambda: {name}(...)"
