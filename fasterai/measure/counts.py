@@ -48,10 +48,10 @@ def counted(model: nn.Module, example_inputs: Any) -> tuple[Inputs, dict[str, in
     """Inputs fitted to the model, and its `macs`, from a single run as a rule."""
     inputs = Inputs.of(example_inputs)
     inputs.check(model)
-    found = _count(model, inputs)[0]
+    found = _count(model, inputs)
     if not found:
         inputs = Inputs.fitting(model, example_inputs)
-        found = _count(model, inputs)[0]
+        found = _count(model, inputs)
     return inputs, found
 
 
@@ -63,14 +63,16 @@ def counts(model: nn.Module, example_inputs: Any) -> Counts:
     activations count as a whole.
     """
     inputs = Inputs.fitting(model, example_inputs)
-    found, seen = _count(model, inputs)
+    seen = _Operations()
+    found = _count(model, inputs, seen)
     if not found:
         return Counts({}, {}, ())
+    looked = _Operations()
     try:
-        again, looked = _run(model, inputs, shapes=False)
+        again = _run(model, inputs, False, looked)
     except Exception:  # without numbers, as on the meta device
-        again, looked = {}, None
-    nonzero = _by_module(model, inputs, looked.nonzero) if looked and again == found else {}
+        again = {}
+    nonzero = _by_module(model, inputs, looked.nonzero) if again == found else {}
     return Counts(found, nonzero, tuple(sorted(seen.uncounted)))
 
 
@@ -87,28 +89,29 @@ def numbers_needed(model: nn.Module) -> None:
         )
 
 
-def _count(model: nn.Module, inputs: Inputs) -> tuple[dict[str, int], _Operations | None]:
+def _count(model: nn.Module, inputs: Inputs, looking: _Operations | None = None) -> dict[str, int]:
     for shapes in (True, False):  # shapes are enough, unless a network looks at its numbers
         try:
             with _frozen(model):
-                return _run(model, inputs, shapes)
+                return _run(model, inputs, shapes, looking)
         except Exception:  # of the inputs or of the counter; `fitting` can tell
             continue
-    return {}, None
+    return {}
 
 
-def _run(model: nn.Module, inputs: Inputs, shapes: bool) -> tuple[dict[str, int], _Operations]:
+def _run(
+    model: nn.Module, inputs: Inputs, shapes: bool, looking: _Operations | None
+) -> dict[str, int]:
+    """MACs by module; what else there is to say of the operations, `looking` notes."""
     counter = FlopCounterMode(display=False)
+    beside = counter if looking is None else looking.beside(counter, None if shapes else model)
     if shapes:
-        seen = _Operations(counter)
-        run_shapes(model, inputs, _both(seen, counter))
+        run_shapes(model, inputs, beside)
     else:
-        with run_quietly(model), plainly(), recurrence_shown(model):
-            seen = _Operations(counter, model)
-            with _both(seen, counter):
-                inputs(model)
+        with run_quietly(model), plainly(), recurrence_shown(model), beside:
+            inputs(model)
     totals = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
-    return _by_module(model, inputs, totals), seen
+    return _by_module(model, inputs, totals)
 
 
 @contextmanager
@@ -124,12 +127,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-@contextmanager
-def _both(outer: TorchDispatchMode, inner: FlopCounterMode) -> Iterator[None]:
-    with outer, inner:
-        yield
-
-
 def _by_module(model: nn.Module, inputs: Inputs, totals: Mapping[str, int]) -> dict[str, int]:
     """By the names of modules, for one sample."""
     root, samples = type(model).__name__, inputs.samples or 1
@@ -138,22 +135,30 @@ def _by_module(model: nn.Module, inputs: Inputs, totals: Mapping[str, int]) -> d
 
 
 class _Operations(TorchDispatchMode):
-    """Looks at each operation that torch's counter has taken apart.
+    """Looks at each operation that torch's counter has taken apart."""
 
-    Args:
-        counter: knows the formulas, and in which modules an operation runs.
-        model: what has the weights; None where they are no numbers.
-    """
-
-    def __init__(self, counter: FlopCounterMode, model: nn.Module | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.counter = counter
         self.uncounted: set[str] = set()
         self.nonzero: dict[str, int] = defaultdict(int)
-        own = [] if model is None else [*model.parameters(), *model.buffers()]
-        self._weights = WeakTensorKeyDictionary(dict.fromkeys(own, True))
-        self._stay = {p.untyped_storage().data_ptr() for p in own if isinstance(p, nn.Parameter)}
+        self._weights = WeakTensorKeyDictionary()
+        self._stay: set[int] = set()
         self._known: dict[Any, Tensor] = {}
+
+    @contextmanager
+    def beside(self, counter: FlopCounterMode, model: nn.Module | None) -> Iterator[None]:
+        """Look on while a network runs.
+
+        Args:
+            counter: knows the formulas, and in which modules an operation runs.
+            model: what has the weights; None where they are no numbers.
+        """
+        self._counter = counter
+        own = [] if model is None else [*model.parameters(), *model.buffers()]
+        self._weights.update(dict.fromkeys(own, True))
+        self._stay = {p.untyped_storage().data_ptr() for p in own if isinstance(p, nn.Parameter)}
+        with self, counter:
+            yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -162,7 +167,7 @@ class _Operations(TorchDispatchMode):
         if formula is not None:
             total = formula(*args, **(kwargs or {}), out_val=out) // 2
             some = self._some(func, args, total) if self._weights else total
-            for parent in set(self.counter.mod_tracker.parents):
+            for parent in set(self._counter.mod_tracker.parents):
                 self.nonzero[parent] += some
         elif read and any(_continuous(x) for x in made) and not _free(func):
             self.uncounted.add(func._schema.name.removeprefix("aten::"))
