@@ -21,7 +21,7 @@ from fasterai.core.target import Target
 from fasterai.coupling.run import run_shapes
 from fasterai.measure import latency
 from fasterai.measure.costs import Costs
-from fasterai.measure.latency import LatencyTable, latency_of_widths
+from fasterai.measure.latency import LatencyTable, operation_times
 from fasterai.measure.profile import macs
 from fasterai.prune import timed
 from fasterai.prune.budget import UnreachableTarget
@@ -115,7 +115,7 @@ def test_what_the_table_does_not_know_is_corrected_by_measuring(machine):
     assert pruner.budget.predicted < 0.95 * pruner.budget.measured
 
 
-@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("lanes", [8, 16, 32])
 def test_fast_widths_are_found_and_kept_to(machine, lanes):
     machine(lanes=lanes)
     model, x = resnet()
@@ -219,19 +219,22 @@ def test_all_operations_are_timed_at_shapes_that_work(build, monkeypatch):
     pruner = Pruner(build().eval(), torch.randn(1, 3, 64, 64))
     table = LatencyTable(1, torch.device("cpu"))
     where = pruner.model, pruner.inputs.batch(1), pruner._coupling, pruner._axes
-    terms, _ = latency_of_widths(*where, table)
-    assert not failed and Costs(terms, len(pruner._axes)).at([0] * len(pruner._axes)) > 10
+    times, whole = operation_times(*where, table), [0] * len(pruner._axes)
+    half = [axis.bundles // 2 for axis in pruner._axes]
+    assert times.at(whole) > 10 and times.at(half) > 10
+    assert not failed and Costs(times.terms, len(whole)).at(whole) > 10
 
 
 def test_a_table_is_kept_in_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "_KNOWN", {})
     file = tmp_path / "layers.json"
     table = LatencyTable(1, torch.device("cpu"), file)
     args = torch.empty(2, 3, device="meta"), torch.empty(3, 4, device="meta")
     took = table.time(aten.mm.default, args)
     table.save()
     assert list(json.loads(file.read_text()).values()) == [took]
-    monkeypatch.setattr(latency, "_KNOWN", {})
+    other = LatencyTable(1, torch.device("cpu"), tmp_path / "other.json")
+    other.save()
+    assert json.loads(other.file.read_text()) == {}  # tables keep what they measured themselves
     monkeypatch.setattr(latency, "_timer", None)  # nothing is measured again
     assert LatencyTable(1, torch.device("cpu"), file).time(aten.mm.default, args) == took
     file.write_text("no table")

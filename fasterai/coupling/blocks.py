@@ -9,7 +9,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["Blocks", "find_blocks"]
+__all__ = ["Blocks", "find_blocks", "ranks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,17 @@ def find_blocks(
         if len(set(sizes[mine].tolist())) > 1 or sizes[mine[0]] < 2:
             torn.append(np.flatnonzero(np.isin(block, mine)))
     spoiled = np.unique(np.concatenate(torn)) if torn else np.zeros(0, dtype=np.int64)
-    return Blocks(block, _ranks(block, place), tie, spoiled)
+    return Blocks(block, ranks(block, place), tie, spoiled)
+
+
+def ranks(block: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Places counted within each block."""
+    order = np.lexsort((place, block))
+    ranks = np.zeros(len(block), dtype=np.int64)
+    starts = np.flatnonzero(np.append(True, block[order][1:] != block[order][:-1]))
+    lengths = np.diff(np.append(starts, len(block)))
+    ranks[order] = np.arange(len(block)) - np.repeat(starts, lengths)
+    return ranks
 
 
 def _lines(grid: np.ndarray) -> np.ndarray | None:
@@ -102,16 +112,6 @@ def _refine(block: np.ndarray, lines: np.ndarray, count: int) -> int:
     names, fresh = np.unique(pairs, return_inverse=True)
     block[lines] = count + fresh.reshape(lines.shape)
     return count + len(names)
-
-
-def _ranks(block: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Places counted within each block."""
-    order = np.lexsort((place, block))
-    ranks = np.zeros(len(block), dtype=np.int64)
-    starts = np.flatnonzero(np.append(True, block[order][1:] != block[order][:-1]))
-    lengths = np.diff(np.append(starts, len(block)))
-    ranks[order] = np.arange(len(block)) - np.repeat(starts, lengths)
-    return ranks
 
 
 def _tied(

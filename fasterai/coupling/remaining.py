@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .analysis import Analysis
+from .blocks import ranks
 from .inputs import Inputs
 from .labels import Dim, Factor
 from .run import run_labels
@@ -100,7 +101,7 @@ class _Renamed:
             pins=tuple(pin for pin, left in zip(axis.pins, mine.tolist(), strict=True) if left),
             classes=torch.from_numpy(self.place)[axis.classes[mine]],
             block=block,
-            place=_ranks(block, axis.place[mine]),
+            place=torch.from_numpy(ranks(block.numpy(), axis.place[mine].numpy())),
         )
 
     def _slot(self, slot: Slot, mine: Tensor, unit: Tensor) -> Slot:
@@ -122,12 +123,3 @@ class _Renamed:
             return None
         grid = grid[~lost].reshape(*grid.shape[:-1], stay.flat[0])
         return np.where(grid >= 0, self.place[grid], -1)
-
-
-def _ranks(block: Tensor, place: Tensor) -> Tensor:
-    """Places counted within each block."""
-    found = torch.empty_like(place)
-    for b in block.unique():
-        mine = block == b
-        found[mine] = place[mine].argsort().argsort()
-    return found

@@ -1,18 +1,22 @@
 """What layers take on this machine, at the widths they may have: a table of measured shapes.
 
 Each conv and matrix product is timed at its widths and at half of them, and between these its time
-is taken to be a sum of products of widths; other operations are timed once and follow the elements
-they make. Networks are timed whole, by turns, in `alternating`.
+is near a sum of products of widths; what narrower ones really take is measured when it is asked
+for. Other operations are timed once and follow the elements they make. Networks are timed whole, by
+turns, in `alternating`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
+import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +31,10 @@ from ..coupling.units import Axis, Coupling
 from .costs import Width, products, widths_seen
 from .memory import freed_memory_kept
 
-__all__ = ["LatencyTable", "alternating", "latency_of_widths"]
+__all__ = ["LatencyTable", "OperationTimes", "alternating", "operation_times"]
 
 _SECONDS = 0.03  # spent on one shape of one operation
-_KNOWN: dict[str, float] = {}  # what was measured in this process
-_STEPS = (16, 8, 4, 2)
-_SAME = 1.03  # times apart by so little are the same
+_KNOWN: dict[str, float] = {}  # what was measured in this process, for no file
 _TURNS = 5, 30  # of networks that are timed by turns, at least and at most
 _CERTAIN = 0.02
 
@@ -45,7 +47,8 @@ class LatencyTable:
     Args:
         threads: CPU threads.
         device: where they run.
-        file: where they are kept; None for this process only.
+        file: where they are kept, for this machine and version of torch and others; None for this
+            process only.
 
     Raises:
         ValueError: the file is no such table.
@@ -56,10 +59,12 @@ class LatencyTable:
     ) -> None:
         self.threads, self.device = threads, device
         self.file = None if file is None else Path(file)
+        self._known = _KNOWN if file is None else {}
+        self._machine = f"{_processor(device)}, {threads} threads, torch {torch.__version__}"
         if self.file is not None and self.file.exists():
             try:
                 known = json.loads(self.file.read_text())
-                _KNOWN.update({str(k): float(v) for k, v in known.items()})
+                self._known.update({str(k): float(v) for k, v in known.items()})
             except (ValueError, AttributeError, TypeError) as error:
                 raise ValueError(
                     f"{self.file} is no table of latencies: {error}; delete it, or name another"
@@ -68,20 +73,20 @@ class LatencyTable:
     def time(self, func: Any, args: Any) -> float:
         """The milliseconds of one operation; its tensors may be shapes without numbers."""
         described = map_tensors(args, lambda x: [list(x.shape), str(x.dtype)])
-        key = json.dumps([str(func), described, self.threads, str(self.device)], default=str)
-        if key not in _KNOWN:
+        key = json.dumps([str(func), described, self._machine], default=str)
+        if key not in self._known:
             real = map_tensors(args, self._numbers)
             with torch.no_grad():
                 names = {"func": func, "args": real}
                 timer = _timer("func(*args)", names, self.threads, self.device)
-                _KNOWN[key] = min(timer.blocked_autorange(min_run_time=_SECONDS).times) * 1e3
-        return _KNOWN[key]
+                self._known[key] = min(timer.blocked_autorange(min_run_time=_SECONDS).times) * 1e3
+        return self._known[key]
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
         if self.file is not None:
             part = self.file.with_name(f"{self.file.name}.{os.getpid()}.part")
-            part.write_text(json.dumps(_KNOWN))
+            part.write_text(json.dumps(self._known))
             os.replace(part, self.file)
 
     def _numbers(self, x: Tensor) -> Tensor:
@@ -90,18 +95,41 @@ class LatencyTable:
         return torch.zeros(x.shape, dtype=x.dtype, device=self.device)
 
 
+@dataclass(frozen=True, eq=False)
+class OperationTimes:
+    """Milliseconds of a network's operations, one after the other, at the widths it may have.
+
+    Attributes:
+        terms: a sum of products of widths that is near them.
+        products: how to time a conv or matrix product at other widths, and those that may change.
+        others: milliseconds for an element that an operation makes, and its dimensions.
+    """
+
+    terms: Terms
+    products: list[tuple[Callable[[Sequence[int]], float], list[Width]]]
+    others: Terms
+
+    @freed_memory_kept()
+    def at(self, removed: Sequence[int]) -> float:
+        """The milliseconds once so many bundles of each axis are gone: measured at these widths."""
+
+        def left(width: Width) -> int:
+            size, uses = width
+            return size - sum(k * removed[a] for a, k in uses)
+
+        convs = sum(timed([left(w) for w in widths]) for timed, widths in self.products)
+        return convs + sum(each * math.prod(map(left, shape)) for each, shape in self.others)
+
+
 @freed_memory_kept()
-def latency_of_widths(
+def operation_times(
     model: nn.Module,
     inputs: Inputs,
     coupling: Coupling,
     axes: Sequence[Axis],
     table: LatencyTable,
-) -> tuple[Terms, int]:
-    """The terms of all operations in milliseconds, and the step of widths that is fast.
-
-    The step is 16, 8, 4, 2 or 1: at most of the heaviest layers, widths in between take as long as
-    the next multiple of it, so that they are not worth having.
+) -> OperationTimes:
+    """What all operations of a network take, timed one by one.
 
     Args:
         model: the network; it is left as it was.
@@ -124,18 +152,16 @@ def latency_of_widths(
             calls.append((func, outline, products(seen, func, args, out), shape))
 
     widths_seen(model, inputs, coupling, axes, see)
-    terms: Terms = []
-    heavy: list[tuple[float, Callable[[Sequence[int]], float], list[int]]] = []
+    found = OperationTimes([], [], [])
     for func, args, product, shape in calls:
         if product is None:
-            terms.append((_once(table, func, args) / max(1, _size(shape)), shape))
+            found.others.append((_once(table, func, args) / max(1, _size(shape)), shape))
             continue
         widths = [w for w in product[1] if w[1]]
-        timed = _timed(table, func, args, product[1])
-        terms += _fitted(timed, widths)
-        if widths:
-            heavy.append((timed([n for n, _ in widths]), timed, [n for n, _ in widths]))
-    return terms, _fast_step(heavy)
+        found.products.append((_timed(table, func, args, product[1]), widths))
+        found.terms.extend(_fitted(*found.products[-1]))
+    found.terms.extend(found.others)
+    return found
 
 
 @freed_memory_kept()
@@ -182,6 +208,13 @@ def alternating(
 
 
 # --- inside --------------------------------------------------------------------------------------
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    kind = platform.processor() or platform.machine()
+    return f"{device} {kind} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _timer(code: str, names: dict[str, Any], threads: int, device: torch.device) -> Timer:
@@ -281,21 +314,3 @@ def _fitted(timed: Callable[[Sequence[int]], float], widths: Sequence[Width]) ->
 def _subsets(items: Sequence[int]) -> Iterator[tuple[int, ...]]:
     for n in range(len(items) + 1):
         yield from itertools.combinations(items, n)
-
-
-def _fast_step(
-    heavy: Sequence[tuple[float, Callable[[Sequence[int]], float], list[int]]], layers: int = 4
-) -> int:
-    """The largest step such that most of the time goes to layers that gain nothing in between."""
-    some = sorted(heavy, key=lambda h: -h[0])[:layers]
-    votes: Mapping[int, float] = dict.fromkeys(_STEPS, 0.0)
-    for weight, timed, sizes in some:
-        for step in _STEPS:
-            wide = [n * 3 // 4 // 16 * 16 for n in sizes]
-            if min(wide) <= 16:
-                continue
-            less = [[n - k for n in wide] for k in {1, step // 2, step - 1} if 0 < k < step]
-            if timed(wide) <= _SAME * min(timed(x) for x in less):
-                votes[step] += weight
-    total = sum(weight for weight, _, _ in some)
-    return next((step for step in _STEPS if 2 * votes[step] > total), 1)

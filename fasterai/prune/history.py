@@ -125,7 +125,8 @@ class History(Sequence[tuple[int | None, float]]):
         those of the last validation before the next cut.
         """
         names = dict.fromkeys(name for cut in self.cuts for name in cut.metrics)
-        lost, left = self.removed().sum(), self.widths().sum()
+        left = self.widths().sum()
+        lost = -left.diff()
         rows = [
             {
                 "fit": cut.fit,
@@ -149,10 +150,8 @@ class History(Sequence[tuple[int | None, float]]):
     def removed(self) -> pd.DataFrame:
         """Units that went, a row for each group of coupled layers, a column for each cut."""
         layers = list(self._widths())
-        counts = {
-            k: [_by_layer(cut.plan, lost=True).get(name, 0) for name in layers]
-            for k, cut in enumerate(self.cuts, 1)
-        }
+        lost = [_by_layer(cut.plan, lost=True) for cut in self.cuts]
+        counts = {k: [by.get(name, 0) for name in layers] for k, by in enumerate(lost, 1)}
         return pd.DataFrame(counts, index=pd.Index(layers, name="layer"), dtype=int)
 
     def widths(self) -> pd.DataFrame:

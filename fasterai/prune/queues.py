@@ -132,8 +132,10 @@ def by_importance(costs: Costs, queues: Sequence[Queue], goal: float) -> list[in
     left = Running(costs, counts)
 
     def offer(a: int) -> _Offer | None:
-        then = next((s for s in queues[a].steps if s > counts[a]), None)
-        saving = 0.0 if then is None else left.saving(a, then - counts[a])
+        steps = queues[a].steps
+        i = bisect_right(steps, counts[a])
+        then = steps[i] if i < len(steps) else counts[a]
+        saving = left.saving(a, then - counts[a]) if then > counts[a] else 0.0
         if saving <= 0:
             return None
         return _Offer(queues[a].lost(counts[a], then) / saving, a, then, saving)

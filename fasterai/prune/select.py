@@ -33,10 +33,10 @@ def zero_units(
     for a, axis in enumerate(axes):
         zero = zeroed_units(tensors, axis)
         still, reasons = constants.removable(axis)
-        mute = zeroed_units(tensors, axis, (PRODUCE, SCALE, SHIFT))  # in train mode, too
-        still += [u for u in constants.unheard(axis) if mute[u]]
+        mute = zeroed_units(tensors, axis, (PRODUCE, SCALE, SHIFT)).tolist()  # in train mode, too
+        still = {*still, *(u for u in constants.unheard(axis) if mute[u])}
         if not any(tensors[s.parameter].any() for s in axis.having(PRODUCE)):
-            still = []  # whole layers of zeros are fresh, not pruned
+            still = set()  # whole layers of zeros are fresh, not pruned
         silent = []
         for u in sorted({*zero.nonzero().flatten().tolist(), *still}):
             if axis.pins[u] is not None:
@@ -55,7 +55,9 @@ def zero_units(
 
 def _whole_bundles(axis: Axis, silent: Sequence[int], limits: Limits) -> tuple[list[int], str]:
     """As many silent units of each block as `limits` allow, and why not more."""
-    blocks = [[u for u in silent if axis.block[u] == b] for b in range(axis.blocks)]
+    blocks: list[list[int]] = [[] for _ in range(axis.blocks)]
+    for u, b in zip(silent, axis.block[silent].tolist(), strict=True):
+        blocks[b].append(u)
     least = min(len(units) for units in blocks)
     bundles = axis.size // axis.blocks
     n = limits.rounded(limits.most(bundles, least), bundles, axis.blocks)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -13,13 +15,16 @@ from ..core.masks import Limits
 from ..coupling.probe import Removal, cutting
 from ..coupling.surgery import shadowed
 from ..measure.costs import Costs
-from ..measure.latency import LatencyTable, alternating, latency_of_widths
+from ..measure.latency import LatencyTable, alternating, operation_times
 from .budget import Budget, UnreachableTarget
 from .queues import Queue
 
 __all__ = ["TimedBudget"]
 
+_STEPS = 1, 8, 16, 32  # of widths that may be fast
+_WORTH = 0.9  # widths are rounded more where so much less is lost
 _ROUNDS = 6  # the first choice and five corrections
+_CORRECTIONS = 4  # of what is asked of the table, for a step of widths
 _NEAR = 0.05  # under the goal: near enough
 _OVER = 0.1  # over it: what is left of noise
 
@@ -28,7 +33,8 @@ class TimedBudget(Budget):
     """The milliseconds of a network and cuts of it, for `latency_ms` and `speedup`.
 
     The table says what widths are worth; how the whole network, timed by turns with the one it is
-    made from, differs from its prediction corrects what is asked of it.
+    made from, differs from its prediction corrects what is asked of it. Where the user asks for no
+    `round_to`, widths are multiples of 8, 16 or 32 if much less is lost so for the same time.
 
     Args:
         dense_ms: what the dense network took; None where that was not measured: what was removed
@@ -41,18 +47,13 @@ class TimedBudget(Budget):
         super().__init__(*args)
         was = super().dense() if any(self.gone) else self._now
         self._dense_ms = was if dense_ms is None else dense_ms
-        user = self.limits
-        if user.round_to == 1 and self._step > 1:
-            self.limits = Limits(user.min_keep, self._step)
-            if self.costs.at(self._most()) > self.target.goal(self._dense_ms):
-                self.limits = user  # it takes narrower layers than are fast for their width
 
     def dense(self) -> float:
         """What the dense network took."""
         return self._dense_ms
 
     def measured(self, remove: Removal | None = None) -> float:
-        """What the network takes, or would without these units, as a share of what it takes now."""
+        """Milliseconds that the network takes, or would without these units."""
         if not remove or not any(bool(units.any()) for units in remove.values()):
             return self._now
         plan = cutting(self.model, self.coupling, self.axes, remove)
@@ -68,6 +69,8 @@ class TimedBudget(Budget):
     ) -> tuple[Removal, float, float]:
         """Units whose removal meets the goal; see `Budget.choose`."""
         self.check(goal)
+        if self.limits.round_to == 1:
+            queues = self._fastest(queues, goal, shares)
         aim, tried, last = goal, [], None
         for _ in range(_ROUNDS):
             counts = self._counts(queues, aim, shares)
@@ -75,7 +78,7 @@ class TimedBudget(Budget):
                 break
             last = counts
             remove = self._units(queues, counts)
-            tried.append((remove, self.costs.at(counts), self.measured(remove)))
+            tried.append((remove, self._predicted(counts), self.measured(remove)))
             measured = tried[-1][2]
             if (1 - _NEAR) * goal <= measured <= goal:
                 return tried[-1]
@@ -102,12 +105,50 @@ class TimedBudget(Budget):
         device = self._batch.tensors[0].device
         table = LatencyTable(self._threads, device, self.target.table)
         where = self.model, self._batch, self.coupling, self.axes
-        terms, self._step = latency_of_widths(*where, table)
-        table.save()
+        self._table, self._times = table, operation_times(*where, table)
         self._now = self._alternating([nullcontext])[0]
-        whole = Costs(terms, len(self.axes)).at([0] * len(self.axes))
-        right = self._now / whole if whole else 1.0  # what the table does not know of
-        return Costs([(right * factor, widths) for factor, widths in terms], len(self.axes))
+        whole = self._times.at([0] * len(self.axes))
+        table.save()
+        self._right = self._now / whole if whole else 1.0  # what the table does not know of
+        terms = [(self._right * factor, widths) for factor, widths in self._times.terms]
+        return Costs(terms, len(self.axes))
+
+    def _predicted(self, counts: Sequence[int]) -> float:
+        found = self._right * self._times.at(counts)
+        self._table.save()
+        return found
+
+    def _fastest(
+        self,
+        queues: Sequence[Queue],
+        goal: float,
+        shares: Callable[[float], Sequence[int]] | None,
+    ) -> Sequence[Queue]:
+        """The queues with those steps of widths that lose least importance within the time."""
+        found, least = queues, inf
+        for step in _STEPS:
+            own = [self._stepping(a, q, step) for a, q in enumerate(queues)]
+            aim = goal
+            for _ in range(_CORRECTIONS):
+                counts = self._counts(own, aim, shares)
+                took = self._predicted(counts)
+                if took <= goal:
+                    break
+                aim *= 0.99 * goal / took
+            lost = sum(q.lost(0, n) for q, n in zip(own, counts, strict=True))
+            if lost < _WORTH * least and took <= goal:
+                found, least = own, lost
+        return found
+
+    def _stepping(self, a: int, queue: Queue, step: int) -> Queue:
+        """A queue that stops where the width is a multiple of a step; what is due goes anyway."""
+        axis = self.axes[a]
+        stops = Limits(self.limits.min_keep, step).steps(
+            axis.size // axis.blocks, axis.bundles, axis.blocks
+        )
+        steps = [n for n in queue.steps if n in stops]
+        due = next((n for n in steps if n >= queue.due), queue.due)
+        return replace(queue, steps=steps, due=due)
 
     def _alternating(self, states: Sequence[Callable[[], Any]]) -> list[float]:
         return alternating(self.model, self._batch, self._threads, states)
