@@ -478,3 +478,19 @@ def test_the_map_has_a_field_for_each_number_and_a_line_at_the_targets():
     allowed = [found.targets(0.0).get(name, 0) for name in found.table.index]
     ends = [sum(share <= a for share in found.table) - 0.5 for a in allowed]
     assert x[::2].tolist() == ends and not found.plot().lines
+
+
+class Wraps(Spare):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+def test_outputs_that_are_no_scores_are_measured_by_the_loss_that_is_given():
+    def loss(out, y):
+        return F.cross_entropy(out["logits"], y)
+
+    wrapped, plain = sense(Wraps(), spare_data(), loss_func=loss), Spare()
+    expected = sense(plain, spare_data(), metric="loss", loss_func=F.cross_entropy)
+    assert wrapped.metric == "loss" and wrapped.dense == pytest.approx(expected.dense)
+    with pytest.raises(ValueError, match="accuracy needs scores .* got dict"):
+        sense(Wraps(), spare_data())

@@ -554,3 +554,16 @@ def test_the_least_bytes_that_are_said_can_be_reached():
         Pruner(model, x).plan_for(Target(bytes=1e-9))
     Pruner(model, x).prune_model(Target(bytes=raised.value.least))
     assert saved_bytes(model) <= raised.value.least
+
+
+@pytest.mark.parametrize("context", ["local", "global"])
+def test_files_that_shrink_in_steps_meet_any_number_of_bytes(context):
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2)
+    )
+    for asked in range(5000, 12000, 333):
+        model = copy.deepcopy(dense)
+        pruner = Pruner(model, torch.randn(8, 8))
+        pruner.prune_model(Target(bytes=asked), context=context, verify=False)
+        assert 0.95 * asked < saved_bytes(model) <= asked

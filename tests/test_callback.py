@@ -548,3 +548,8 @@ def test_a_fit_ends_with_the_whole_pattern(context):
     assert counts == sorted(counts) and counts[-1] == 1440
     assert [row[-1] for row in learn.recorder.values][-1] == 0.5
     assert callback.report()["limit"].iloc[-1] == ""
+
+
+def test_limits_that_leave_nothing_to_zero_are_told():
+    with pytest.warns(UserWarning, match="nothing was zeroed, asked was 0.5"):
+        learner().fit(1, cbs=SparsifyCallback(0.5, "filter", min_keep=100))

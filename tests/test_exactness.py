@@ -303,3 +303,25 @@ def test_both_sides_of_a_product_share_what_its_scale_changes(sparsity):
     Pruner(model, x).prune_model(sparsity)
     assert model.encode.out_channels == 8
     assert apart(dense(x), model(x)) < 1e-12
+
+
+class Square(nn.Module):
+    """A table with as many rows as columns, of which code asks how many rows it has."""
+
+    def __init__(self, n=8):
+        super().__init__()
+        self.table, self.out = nn.Embedding(n, n), nn.Linear(n, 2)
+
+    def forward(self, i):
+        return self.out(self.table(i.clamp(max=self.table.num_embeddings - 1)).relu())
+
+
+def test_a_table_keeps_its_rows_where_its_columns_are_as_many():
+    model, i = lively(Square()), torch.arange(8)
+    Sparsifier(model, "filter", layers=nn.Embedding, example_inputs=i).sparsify_model(0.5)
+    sparse = copy.deepcopy(model)
+    pruner = Pruner(model, i[:2])
+    pruner.prune_model()
+    assert (model.table.num_embeddings, model.table.embedding_dim) == model.table.weight.shape
+    assert model.table.weight.shape == (8, 4)
+    assert apart(sparse(i), model(i)) < 1e-12

@@ -321,6 +321,8 @@ def test_a_number_of_units_goes_at_each_step():
     pruner.prune_model(Units(3), context="global")
     assert pruner.plan.removed == 3
     free = int(pruner.axes()["free"].sum())
+    with pytest.warns(UserWarning, match=f"no more than {free} units may go"):
+        Pruner(model, images()).plan_for(Units(10**6), context="global")
     GradualPruner(model, images(), "global").prune_to(Units(10**6))
     assert int(Pruner(model, images()).axes()["free"].sum()) < free
 

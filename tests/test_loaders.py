@@ -184,3 +184,25 @@ def test_a_loss_that_cannot_take_a_tuple():
         return learn.loss_func(out[0], y)
 
     score(learn.model, learn.dls.train, taylor, loss_func=first, progress=False)
+
+
+class ByKeywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x, mask=None):
+        return self.b(self.a(x * mask[:, None]).relu())
+
+
+def test_inputs_by_keywords_and_a_target():
+    x, mask, y = torch.randn(6, 8), torch.rand(6), torch.arange(6) % 3
+    model, call = ByKeywords(), {"loss_func": nn.CrossEntropyLoss(), "progress": False}
+    named = [({"mask": mask, "x": x}, y)]
+    kept = [
+        Pruner(model, (x, mask)).plan_for(0.5, criteria=score(model, dl, taylor, **call)).kept
+        for dl in (named, [(x, mask, y)])
+    ]
+    assert kept[0] == kept[1] and kept[0]
+    assert sensitivity(model, named, progress=False).metric == "accuracy"

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 from fasterai.deploy.sparse_files import save_sparse
 from fasterai.measure import layers
-from fasterai.measure.counts import counts
+from fasterai.measure.counts import counts, macs
 from fasterai.measure.layers import compare_layers, profile_layers
 from fasterai.measure.profile import compare, profile
 from fasterai.prune.pruner import Pruner
@@ -399,3 +399,22 @@ def test_batches_that_cannot_be_made_are_refused():
             compare(*given, batch_sizes=batches)
     with pytest.raises(TypeError, match=r"several, as in \[1, 16\], got 4"):
         compare(*given, batch_sizes=4)
+
+
+class LowRankUpdate(nn.Module):
+    """Adds a product of weights to a weight, once for a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.a = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(2, 8))
+        self.b = nn.Parameter(torch.randn(8, 2))
+
+    def forward(self, x):
+        return F.linear(x, self.w + self.b @ self.a)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 8])
+def test_products_of_weights_count_once_however_many_samples_there_are(samples):
+    model, x = LowRankUpdate(), torch.randn(samples, 8)
+    expected = 8 * 8 + 8 * 2 * 8
+    assert macs(model, x)[""] == counts(model, x).macs[""] == cost(model, x)["macs"] == expected

@@ -718,3 +718,15 @@ def test_no_warnings_in_a_plain_fit():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         fit(learner(), 2, PruneCallback(0.5, schedule=QUICK))
+
+
+def test_more_units_than_there_are():
+    cb = PruneCallback(Units(10**4), "global", schedule=one_shot)
+    with pytest.warns(UserWarning, match="asked were 10000 units, .* could go"):
+        learner().fit(1, cbs=cb)
+
+
+def test_a_target_that_is_met_already():
+    cb = PruneCallback(Target(parameters=10**9))
+    with pytest.warns(UserWarning, match="nothing was removed.*the network costs no more"):
+        learner().fit(1, cbs=cb)

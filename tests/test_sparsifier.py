@@ -489,3 +489,25 @@ def test_tied_weights(granularity):
         assert int((model.inner.weight == 0).sum()) == 32
         with pytest.raises(ValueError, match="its weight is that of 'inner'"):
             sparsifier.sparsify_model({"again": 0.5})
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.fc = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 3)
+        self.out = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.out(self.fc(self.rnn(x)[0][:, -1]).relu())
+
+
+def test_named_layers_without_groups_are_told(recwarn):
+    model, x = Recurrent(), torch.randn(2, 5, 4)
+    kinds = [name for name, _ in model.named_modules() if name]
+    with pytest.warns(UserWarning, match="nothing of 'rnn' can be sparsified by 'weight'"):
+        sparsifier = Sparsifier(model, layers=kinds, example_inputs=x)
+    assert "rnn" not in sparsifier.report()["layer"].tolist()
+    recwarn.clear()
+    Sparsifier(model, "filter", layers=["rnn", "fc"], example_inputs=x)  # it tells in its report
+    Sparsifier(model, layers=["fc"], example_inputs=x)
+    assert not recwarn

@@ -218,7 +218,8 @@ class _Measure:
 
 def _measure(network: nn.Module, batches: Sequence[Batch], metric: Any, loss_func: Any) -> _Measure:
     if metric is None:
-        metric = "accuracy" if all(_tells_classes(network, b) for b in batches) else "loss"
+        classes = all(_tells_classes(network, b) for b in batches)
+        metric = "accuracy" if classes or loss_func is None else "loss"
     if callable(metric):
         return _Measure(network, batches, getattr(metric, "__name__", "metric"), metric)
     if metric not in ("accuracy", "loss"):
@@ -234,9 +235,9 @@ def _measure(network: nn.Module, batches: Sequence[Batch], metric: Any, loss_fun
 
 
 def _tells_classes(network: nn.Module, batch: Batch) -> bool:
-    """Whether targets are class numbers; those in a column may be numbers to come near to."""
-    if batch.classes is None or batch.targets[0].ndim == 1:
-        return batch.classes is not None
+    """Whether targets are class numbers, and outputs scores of classes."""
+    if batch.classes is None:
+        return False
     with run_quietly(network):
         outputs = batch.inputs(network)
     return isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > 1

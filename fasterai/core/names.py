@@ -128,14 +128,14 @@ def frozen_of(names: Iterable[str], live: Mapping[str, bool]) -> list[str]:
     return [name for name, own in found.items() if own and not any(live[x] for x in own)]
 
 
-def unknown_name(name: str, known: Iterable[str], argument: str) -> str:
-    """The message for a layer that does not exist."""
+def unknown_name(name: str, known: Iterable[str], argument: str, which: str = "") -> str:
+    """The message for a layer that does not exist, or is none of those `which` are meant."""
     known = list(dict.fromkeys(n for n in known if n))
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     wrapped = [k for k in known if name.removeprefix("module.") == k or plain(name) == k]
     if wrapped:
         return f"{argument}: names go without what wraps the model: {wrapped[0]!r}, not {name!r}"
-    hint = (
-        f"; did you mean {', '.join(map(repr, near))}?" if near else "; see model.named_modules()"
-    )
-    return f"{argument}: the model has no layer {name!r}{hint}"
+    some = ", ".join(map(repr, known[:4])) + ", ..." * (len(known) > 4)
+    other = f"; there are {some}" if which and known else "; see model.named_modules()"
+    hint = f"; did you mean {', '.join(map(repr, near))}?" if near else other
+    return f"{argument}: the model has no layer {name!r}{f' {which}' * bool(which)}{hint}"

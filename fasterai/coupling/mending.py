@@ -32,7 +32,7 @@ Mend = tuple[nn.Module, str, Any]  # a module, an attribute of it, its new value
 # Modules around a layer, like attention, remember widths in attributes with such names.
 _NUMBER = re.compile(r"heads?$|^n_?heads?|nhead")
 _WIDTH = re.compile(r"dim|size|width|chan|chs|feat|hidden|embed|inner|planes|^nf$|n_hid|d_model")
-_OTHER = re.compile(r"window|patch|kernel|img|image|grid|pool|stride|vocab|max_|batch")
+_OTHER = re.compile(r"window|patch|kernel|img|image|grid|pool|stride|vocab|max_|batch|num_emb")
 _AROUND = 2  # levels of modules around a layer that may remember its width
 
 
@@ -236,7 +236,8 @@ def _prelu(prelu: nn.PReLU) -> dict[str, int]:
 
 
 def _embedding(table: nn.Embedding) -> dict[str, int]:
-    return {"embedding_dim": table.weight.shape[1]}
+    rows, columns = table.weight.shape
+    return {"num_embeddings": rows, "embedding_dim": columns}
 
 
 def _recurrent(rnn: nn.RNNBase) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,10 +49,10 @@ def counted(model: nn.Module, example_inputs: Any) -> tuple[Inputs, dict[str, in
     """Inputs fitted to the model, and its `macs`, from a single run as a rule."""
     inputs = Inputs.of(example_inputs)
     inputs.check(model)
-    found = _count(model, inputs)
+    found = _count(model, inputs)[1]
     if not found:
         inputs = Inputs.fitting(model, example_inputs)
-        found = _count(model, inputs)
+        found = _count(model, inputs)[1]
     return inputs, found
 
 
@@ -64,7 +65,7 @@ def counts(model: nn.Module, example_inputs: Any) -> Counts:
     """
     inputs = Inputs.fitting(model, example_inputs)
     seen = _Operations()
-    found = _count(model, inputs, seen)
+    inputs, found = _count(model, inputs, seen)
     if not found:
         return Counts({}, {}, ())
     looked = _Operations()
@@ -89,14 +90,22 @@ def numbers_needed(model: nn.Module) -> None:
         )
 
 
-def _count(model: nn.Module, inputs: Inputs, looking: _Operations | None = None) -> dict[str, int]:
-    for shapes in (True, False):  # shapes are enough, unless a network looks at its numbers
+def _count(
+    model: nn.Module, inputs: Inputs, looking: _Operations | None = None
+) -> tuple[Inputs, dict[str, int]]:
+    """Inputs that run, and the MACs of them.
+
+    A single sample, where that runs: products of weights alone are made once for a batch. Shapes
+    are enough, unless a network looks at its numbers.
+    """
+    single = [inputs.batch(1)] if (inputs.samples or 1) > 1 else []
+    for given, shapes in itertools.product([*single, inputs], (True, False)):
         try:
             with _frozen(model):
-                return _run(model, inputs, shapes, looking)
+                return given, _run(model, given, shapes, looking)
         except Exception:  # of the inputs or of the counter; `fitting` can tell
             continue
-    return {}
+    return inputs, {}
 
 
 def _run(

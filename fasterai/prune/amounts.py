@@ -110,7 +110,7 @@ def _by_axis(
         named = set(layers_of(name, known))
         owners = [a for a, names in enumerate(layers) if named.intersection(names)]
         if not owners:
-            raise ValueError(unknown_name(name, known, "sparsity"))
+            raise ValueError(unknown_name(name, known, "sparsity", "that makes channels"))
         if not any(sizes[a] for a in owners):
             why = next((pin for a in owners for pin in axes[a].pins if pin), "it has no units")
             raise ValueError(

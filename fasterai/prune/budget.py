@@ -147,8 +147,9 @@ class Budget:
             UnreachableTarget: so little cannot be reached.
         """
         self.check(goal)
+        least = self.costs.at(self._most())
         aim, best, over = goal, None, math.inf
-        for _ in range(_ROUNDS):
+        for k in range(_ROUNDS):
             counts = self._counts(queues, aim, shares)
             remove = self._units(queues, counts)
             predicted, measured = self.costs.at(counts), self.measured(remove)
@@ -159,10 +160,12 @@ class Budget:
             right = math.isclose(predicted, measured, rel_tol=1e-3)
             if measured <= goal and (right or measured >= (1 - _NEAR) * goal):
                 break
-            if measured > goal:
+            if measured > goal:  # sizes of files move in steps, larger than what is missing
                 over = min(over, aim)
-            aim *= goal / measured if measured else 1.0
-            aim = min(aim, over * (1 - 1e-4))
+                aim -= 2**k * (measured - goal)
+            else:
+                aim *= goal / measured if measured else 1.0
+            aim = max(least, min(aim, over * (1 - 1e-4)))
         if best is None:
             self._refuse(goal, measured)
         return best

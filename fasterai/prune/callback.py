@@ -185,15 +185,17 @@ class PruneCallback(ScheduledCallback):
         if plan is None:
             self._pruner.pass_by(asked)
             if share == max(x for _, x in self._updates) and not self.removed:
-                self.warn(
-                    f"nothing was removed, asked was {asked}: see kept(), min_keep and round_to"
-                )
+                met = isinstance(asked, Target)
+                why = "the network costs no more" if met else "see kept(), min_keep and round_to"
+                self.warn(f"nothing was removed, asked was {asked}: {why}")
             return
         try:
             self._pruner.carry_out(plan, optimizer=self.learn.opt, asked=asked)
         finally:  # an interrupt may come when it is cut
             self.history = self._pruner.history
             self.after_cut()
+        if isinstance(asked, Units) and asked.n == self._asked.n > self._pruner.removed:
+            self.warn(f"asked were {asked.n} units, {self._pruner.removed} could go: see kept()")
 
     def agreed(self, planned: Callable[[], Plan | None]) -> Plan | None:
         """The plan that all processes carry out: that of the first. None cuts nothing."""

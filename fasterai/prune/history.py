@@ -26,7 +26,8 @@ class CutRecord:
         plan: what went; None where nothing did.
         criterion: the name of what ranked the units; 'zero' where zero ones were removed.
         context: 'local' or 'global'.
-        asked: the share of the units that was to be gone; None where all zero ones were.
+        asked: the share of the units that was to be gone; None where all zero ones were, and for
+            a `Target`, which asks for no share of them.
         reached: the share that is gone. Both are shares of the units that may go: in a `Pruner`
             of those there were before this cut, else of those at the start.
         parameters: what is left of the network.

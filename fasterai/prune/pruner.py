@@ -24,7 +24,7 @@ from ..coupling.probe import Removal
 from ..coupling.units import Axis, Coupling
 from ..measure.counts import counted, macs
 from ..measure.layers import layer_costs
-from .amounts import Amount, as_amount, counts_of, share_of
+from .amounts import Amount, Units, as_amount, counts_of, share_of
 from .budget import Budget, Reached
 from .check import Differences, observe, observe_other_sizes
 from .constants import Constants
@@ -271,6 +271,8 @@ class Pruner:
         else:
             free = [axis.bundles for axis in self._axes]
             counts = counts_of(amount, self._axes, free, context)
+            if isinstance(amount, Units) and amount.n > sum(free):
+                warnings.warn(f"{amount}: no more than {sum(free)} units may go", stacklevel=5)
             chosen = ranked_units(self.model, self._axes, counts, criterion, limits)
             trial = Trial(*where, verify=verify)
         return self._tried(trial, *chosen)

@@ -56,6 +56,7 @@ class Batch:
             if isinstance(outputs, Tensor):
                 raise
             kind, name = type(outputs).__name__, getattr(func, "__name__", type(func).__name__)
+            name = name.lstrip("_")
             raise ValueError(
                 f"the network gives a {kind}, which {name} cannot take ({type(error).__name__}: "
                 f"{error}): pass a function of your own, as in loss_func=lambda out, y: "
@@ -78,8 +79,9 @@ def as_batch(batch: Any, model: nn.Module, n_inp: int | None = None) -> Batch:
     """A batch on the model's device, its floats in the model's type, as plain tensors.
 
     Args:
-        batch: a tuple or list of inputs and then targets, of which all but the last are inputs; a
-            mapping, which the network takes by keywords and the loss as it is; or a tensor.
+        batch: a tuple or list of inputs and then targets, of which all but the last are inputs, or
+            one mapping of them by keywords; a mapping, which the network takes by keywords and the
+            loss as it is; or a tensor.
         model: the network.
         n_inp: how many of a tuple are inputs, where it is known; fastai's loaders tell.
     """
@@ -100,6 +102,8 @@ def as_batch(batch: Any, model: nn.Module, n_inp: int | None = None) -> Batch:
     elif isinstance(batch, tuple | list):
         n_inp = max(len(batch) - 1, 1) if n_inp is None else n_inp
         inputs, targets = tuple(batch[:n_inp]), tuple(batch[n_inp:])
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+            inputs = dict(inputs[0])
     else:
         inputs, targets = batch, ()
     inputs = Inputs.of(tree_map(cast, inputs), samples=None)

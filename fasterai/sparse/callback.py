@@ -166,6 +166,11 @@ class SparsifyCallback(ScheduledCallback):
         else:
             self._sparsifier.criteria = self.scored()
             self._sparsifier.sparsify_to(self._at(share), asked=self._to)
+            if share == max(x for _, x in self._updates) and not self.reached():
+                self.warn(
+                    f"nothing was zeroed, asked was {self.sparsity}: see what limits it in "
+                    f"Sparsifier(learn.model, ...).report(), min_keep and round_to among others"
+                )
 
     def reached(self) -> float:
         """The share of the groups that is held at zero."""

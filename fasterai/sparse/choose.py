@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..core.granularity import Granularity, dimensions, maskable_types
-from ..core.names import LayerChoice, pick
+from ..core.names import LayerChoice, as_choices, layers_of, pick, plain
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
 from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE
@@ -75,7 +76,20 @@ def choose(
         groups, skipped = _inside_layers(model, granularity, chosen, outputs)
     if not groups:
         raise NothingToSparsify(_nothing(granularity, skipped), FROZEN in skipped.values())
+    _warn_of_empty(layers, [*skipped, *(name for g in groups for name in g.layers)], granularity)
     return Choice(tuple(groups), skipped, inputs, _frozen_share(chosen, skipped))
+
+
+def _warn_of_empty(layers: Any, known: Collection[str], granularity: Granularity) -> None:
+    """Of layers and blocks that are named there should be something to say."""
+    names = () if layers is None else [x for x in as_choices(layers) if isinstance(x, str)]
+    empty = [name for name in names if not layers_of(name, {plain(k) for k in known})]
+    if empty:
+        warnings.warn(
+            f"nothing of {', '.join(map(repr, empty))} can be sparsified by {granularity.name!r}: "
+            f"no weights there have such groups; what has is in Sparsifier(model).report()",
+            stacklevel=4,
+        )
 
 
 def _frozen_share(chosen: Mapping[str, nn.Module], skipped: Mapping[str, str]) -> float:
