@@ -26,6 +26,7 @@ from fasterai.core.criteria import (
 )
 from fasterai.core.normalise import normalise
 from fasterai.core.schedule import lin, one_shot
+from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.callback import SparsifyCallback
 from fasterai.sparse.sparsifier import Sparsifier
@@ -591,10 +592,15 @@ def test_the_pruner_refuses_criteria_of_earlier_weights_and_says_what_to_do():
     model = make(Plain)
     pruner = Pruner(model, images())
     for criteria in (movement, C.updating_movement):
+        name = criteria.name
         with pytest.raises(
-            ValueError, match=f"'{criteria.name}' needs the .* which only Sparsifier"
+            ValueError, match=rf"'{name}' needs the .* GradualPruner\(model, x, criteria={name}\)"
         ):
             pruner.prune_model(0.5, criteria=criteria)
+        trained = make(Plain)
+        gradual = GradualPruner(trained, images(), criteria=criteria)  # as it says
+        move(trained, 1)
+        assert gradual.prune_to(0.5).a.out_channels == 4
     with pytest.raises(ValueError, match=r"needs gradients, and .* call loss\.backward\(\) first"):
         pruner.prune_model(0.5, criteria=grad_crit)
     assert model.a.out_channels == 8

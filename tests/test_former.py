@@ -1,6 +1,8 @@
 """Calls of former versions are refused with what to write instead."""
 
+import ast
 import inspect
+import re
 
 import pytest
 import torch
@@ -8,12 +10,14 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from torch import nn
 
+import fasterai.all
 from fasterai.core.criteria import large_final
 from fasterai.core.former import FORMER, explain_former
 from fasterai.core.schedule import Schedule, agp
 from fasterai.deploy.sparse_files import load_sparse
 from fasterai.measure.profile import macs, profile
 from fasterai.prune.callback import PruneCallback
+from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.optimizer import carry_optimizer
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.search import particle_search
@@ -22,6 +26,7 @@ from fasterai.report.sweep import sweep
 from fasterai.sparse.callback import SparsifyCallback
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.tickets.callback import LotteryTicket
+from fasterai.tickets.ticket import Ticket
 
 
 def net():
@@ -43,19 +48,22 @@ X = torch.randn(2, 1, 8, 8)
         (lambda m: SparsifyCallback(end_sparsity=50), "'end_sparsity': pass sparsity=0.4"),
         (lambda m: SparsifyCallback(0.5, start_epoch=2), r"agp\.over"),
         (lambda m: SparsifyCallback(0.5, model=m), "'model': it is learn.model"),
-        (lambda m: SparsifyCallback(0.5, lth=True), r"'lth'.*load_state_dict\(copy\)"),
+        (lambda m: SparsifyCallback(0.5, lth=True), r"'lth'.*LotteryTicket\(learn, 0.5"),
         (lambda m: Pruner(m, pruning_ratio=0.4), r"'pruning_ratio'.*prune_model\(0.4\)"),
         (lambda m: Pruner(m, 0.4, "local", large_final), "by position, got 4.*go to prune_model"),
         (
             lambda m: Pruner(m, X).prune_model(0.5, "global"),
             "prune_model takes sparsity by position",
         ),
+        (lambda m: Pruner(m, X, round_to=8), r"Pruner.*prune_model\(0.4, round_to=8\)"),
+        (lambda m: Pruner(m, X, schedule=agp), r"'schedule'.*PruneCallback\(0.4, schedule=agp\)"),
         (
             lambda m: Pruner(m, X).plan_for(0.5, schedule=agp),
-            "plan_for takes no argument 'schedule'",
+            r"plan_for takes no argument 'schedule'.*GradualPruner\(model, x\)\.prune_to",
         ),
         (lambda m: PruneCallback(0.5, layers="0"), r"PruneCallback.*'layers'.*exclude=\['head'\]"),
         (lambda m: PruneCallback(0.5, granularity="weight"), "'granularity': whole channels go"),
+        (lambda m: Schedule(sched_func=abs), r"'sched_func'.*Schedule\(func\)"),
         (lambda m: Schedule(abs, start_pct=0.2), "Schedule takes no argument 'start_pct'.*over"),
         (lambda m: Pruner(m, X, ignored_layers=[m[0]]), "'ignored_layers': pass exclude"),
     ],
@@ -83,6 +91,35 @@ def test_an_argument_that_is_taken_is_no_former_one(name):
     assert explain_former()(space["taking"])(**{name: 3}) == 3
     with pytest.raises(TypeError, match=f"no argument '{name}'"):
         explain_former()(lambda self: None)(None, **{name: 3})
+
+
+def calls_in(text):
+    """The calls that a text shows, as Python reads them."""
+    for match in re.finditer(r"[A-Za-z_]\w*\(", text):
+        end, open_ = match.end(), 1
+        while open_:
+            open_ += {"(": 1, ")": -1}.get(text[end], 0)
+            end += 1
+        yield ast.parse(text[match.start() : end], mode="eval").body
+
+
+@pytest.mark.parametrize("name", sorted(FORMER))
+def test_what_a_message_calls_exists_and_takes_these_arguments(name):
+    owners = fasterai.all, Pruner, GradualPruner, LotteryTicket, Ticket, Schedule
+    for call in calls_in(FORMER[name]):
+        takes = [getattr(owner, call.func.id, None) for owner in owners]
+        signatures = [inspect.signature(f) for f in takes if f is not None]
+        given = [None] * len(call.args), {k.arg: None for k in call.keywords}
+        assert signatures, f"there is no {call.func.id}"
+        assert any(binds(each, *given) for each in signatures), ast.unparse(call)
+
+
+def binds(signature, args, kwargs):
+    try:
+        signature.bind_partial(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def test_other_mistakes_and_signatures_are_as_python_has_them():

@@ -82,10 +82,10 @@ class Criterion:
             globally are further divided by the mean score of their axis, so that no layer is
             emptied for being wide or small; under `'sum'` they are compared as they are.
         needs: one or several of `'initial'`, `'previous'`, `'gradient'`, `'scale'`, `'measured'`
-            and those in `GATHERED`. A `Sparsifier` keeps copies of the first two; the gradient is
-            read where it is; the scale is the mean magnitude of the scales of the norms behind a
-            filter, for each of its weights; what is measured comes from `oracle` or
-            `particle_search`; the others are gathered by `score` or by a callback.
+            and those in `GATHERED`. Callbacks, `Sparsifier` and `GradualPruner` keep copies of the
+            first two; the gradient is read where it is; the scale is the mean magnitude of the
+            scales of the norms behind a filter, for each of its weights; what is measured comes
+            from `oracle` or `particle_search`; the others are gathered by `score` or by a callback.
         norm: how the scores of a layer are normalised where they are ranked with those of other
             layers, see `normalised`; `'none'` not at all.
         records: where the initial and previous weights are found; set by what keeps them.
@@ -238,11 +238,12 @@ class Criterion:
                 f"criteria=score(model, dl, {own}, loss_func=loss_func), or gather it while "
                 f"training, with SparsifyCallback(criteria={own})"
             )
+        own = self.name or "criterion"
         return (
-            f"the {need} weights, which only Sparsifier and SparsifyCallback keep; "
-            f"zero filters with them, SparsifyCallback(0.5, 'filter', criteria=...), and then "
-            f"remove the zeros with Pruner.prune_model(), or choose a criterion of the weights "
-            f"as they are"
+            f"the {need} weights, of which a copy must be made before training: "
+            f"PruneCallback(0.5, criteria={own}) makes one, and so does GradualPruner(model, x, "
+            f"criteria={own}), whose prune_to(0.5) then removes; for zeros SparsifyCallback and "
+            f"Sparsifier do. Or choose a criterion of the weights as they are"
         )
 
     @property

@@ -10,8 +10,8 @@ from typing import Any
 __all__ = ["FORMER", "explain_former"]
 
 _TICKET = (
-    "keep a copy of model.state_dict() to rewind to; then Sparsifier.sparsify_model(s), "
-    "model.load_state_dict(copy) and Sparsifier.apply()"
+    "LotteryTicket(learn, 0.5, rounds=3, rewind=0).find(5) trains, prunes and rewinds, and leaves "
+    "the last of its tickets in the model; ticket.save(file) keeps one"
 )
 _SPAN = "a schedule has its own span, as in schedule=agp.over(start=0.2, end=0.8)"
 _RANK = "pass it to prune_model, as in Pruner(model, example_inputs).prune_model(0.4)"
@@ -34,10 +34,12 @@ FORMER = {  # up to 0.4.1, or of others here
     "pruning_ratio": "pass sparsity=0.4 to PruneCallback; with a Pruner, call prune_model(0.4)",
     "reset_end": _TICKET,
     "rewind_epoch": _TICKET,
-    "round_to": "pass it to Sparsifier(model, ..., round_to=8)",
+    "round_to": "pass it to Sparsifier(model, ..., round_to=8); with a Pruner, call "
+    "prune_model(0.4, round_to=8)",
     "save_tickets": _TICKET,
-    "sched_func": "pass schedule, as in schedule=agp",
-    "schedule": "call prune_model once for each step, and train in between",
+    "sched_func": "pass schedule, as in schedule=agp, to a callback; Schedule(func) makes one",
+    "schedule": "prune while training: PruneCallback(0.4, schedule=agp); in a loop of your own "
+    "GradualPruner(model, x).prune_to(0.4, share=0.5), half of the way, and so on",
     "start_epoch": _SPAN,
     "start_pct": _SPAN,
     "start_sparsity": "pass sparsity=(0.1, 0.4) to start from 0.1",
