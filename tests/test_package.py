@@ -45,6 +45,13 @@ def test_figures_have_a_text_for_those_who_do_not_see_them(path):
             assert len(text) > 50, f"a cell without '#| fig-alt': {cell['source'][0]}"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_no_placeholder_was_left(path):
+    cells = json.loads(path.read_text())["cells"]
+    for text in ("".join(c["source"]).strip() for c in cells if c["cell_type"] == "markdown"):
+        assert not re.fullmatch(r"[A-Z0-9_]+", text), text
+
+
 def test_no_path_of_the_machine_it_was_made_on():
     here = [str(ROOT), str(Path.home()), tempfile.gettempdir()]
     for path in [*ROOT.glob("*.md"), *NOTEBOOKS, *(ROOT / "fasterai").rglob("*.py")]:
