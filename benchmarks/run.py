@@ -130,22 +130,20 @@ def processor() -> str:
     return platform.processor() or "unknown processor"
 
 
-def section(each: Benchmark, kind: str, missing: str) -> str:
-    """The part of RESULTS.md on one benchmark."""
+def section(each: Benchmark, kind: str) -> str:
+    """The part of RESULTS.md on a benchmark that was run."""
     about = (HERE / f"{each.name}.py").read_text().split('"""')[1].strip().split("\n\n")[0]
-    file = kept_in(each.name, kind)
-    head = f"## {each.name}\n\n{about}\n\n"
-    if not file.exists():
-        return head + f"Left out: {missing or 'not run'}.\n"
-    record = json.loads(file.read_text())
+    record = json.loads(kept_in(each.name, kind).read_text())
     text = record["error"] if record["failed"] else record["printed"].strip()
     if "| --- |" not in text or record["failed"]:
         text = f"```\n{text}\n```"
     load = " to ".join(map(str, record["load"]))
     took = f"{record['seconds']} s{', failed' * record['failed']}"
+    now = machine()["versions"]
+    other = [f", {n} {v}" for n, v in record["versions"].items() if v != now.get(n)]
     return (
-        f"{head}`{' '.join(record['command'])}`: {took}; "
-        f"{record['machine']}, {record['threads']} thread, load {load}\n\n{text}\n"
+        f"## {each.name}\n\n{about}\n\n`{' '.join(record['command'])}`: {took}; "
+        f"{record['machine']}, {record['threads']} thread{''.join(other)}, load {load}\n\n{text}\n"
     )
 
 
@@ -163,7 +161,7 @@ def main():
     data = args.data and args.data.resolve()
     for folder in KEPT.values():
         folder.mkdir(parents=True, exist_ok=True)
-    parts = []
+    parts, left_out = [], []
     for each in ALL:
         given = command(each, args.full, data)
         known = kept_in(each.name, kind).exists()
@@ -171,13 +169,18 @@ def main():
         if isinstance(given, list) and wanted and not args.render:
             print(f"{each.name} ...", flush=True)
             run(each.name, given, kind)
-        parts.append(section(each, kind, given if isinstance(given, str) else ""))
+        if kept_in(each.name, kind).exists():
+            parts.append(section(each, kind))
+        else:
+            left_out.append(f"{each.name} ({given if isinstance(given, str) else 'not run'})")
     versions = ", ".join(f"{n} {v}" for n, v in machine()["versions"].items())
     file = (HERE if args.full else KEPT[kind]) / "RESULTS.md"
     intro = (
         f"# Results\n\nWritten by `python benchmarks/run.py{' --full' * args.full}`, from what the "
         f"benchmarks print. Times are ratios within a run.\n\n{versions}\n"
     )
+    if left_out:
+        intro += f"\nLeft out: {', '.join(left_out)}.\n"
     file.write_text("\n".join([intro, *parts]))
     print(file)
 

@@ -75,10 +75,10 @@ def timed(arms, x, rounds, seconds=0.003):
         run(x)
     for _ in range(rounds):
         for arm, run in arms.items():
-            count, start = 0, time.perf_counter()
-            while (spent := time.perf_counter() - start) < seconds:
+            count, spent, start = 0, 0.0, time.perf_counter()
+            while spent < seconds:
                 run(x)
-                count += 1
+                count, spent = count + 1, time.perf_counter() - start
             taken[arm] = min(taken[arm], spent / count)
     return taken
 

@@ -1,1 +1,1 @@
-"""Schedules, granularities, criteria and masks: knows tensors, not networks."""
+"""Schedules, granularities, criteria and masks: all that needs no run of a network."""

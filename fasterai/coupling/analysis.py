@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ _PRECEDENCE = (PRODUCE, CONSUME, SHIFT, SCALE, FOLLOW)
 _ROUNDS = 8
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Analysis:
     """Classes of joined labels, and what is known about them.
 
@@ -103,7 +104,58 @@ def analyse(
     """
     first, total = _number(model)
     whole = [(h.ravel(), h[:, :1].repeat(h.shape[1])) for h in heads]
-    classes = _classes(np.arange(total), [], [*joined, *whole])
+    begin = _classes(np.arange(total), [], [*joined, *whole])
+    rounds = _rounds(model, inputs, first, begin)
+    runs = [rounds.evaluated[-1], *rounds.trained]
+    newest = [rounds.evaluated[0], *rounds.trained]
+    order = tuple(dict.fromkeys(name for run in newest for name in run.order))
+    laid_out = [*_grids(rounds.classes, runs), *(rounds.classes[h] for h in heads)]
+    grids = {(g.shape, g.tobytes()): g for g in laid_out}
+    touched = {name for run in runs for name in run.touched}
+    roles = _roles(runs)
+    sizes = {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()}
+    unread = _unread_vectors(model, roles, sizes, touched)
+    spans = [(first[d] + np.arange(n), first[like] + np.arange(n)) for d, like, n in unread]
+    classes = _classes(rounds.classes, [], spans)
+    roles.update((d, FOLLOW) for d, _, _ in unread)
+    idle = [n for n, p in model.named_parameters() if n not in touched and p.ndim > 1]
+    mixed = sorted(_mixed(runs), key=lambda note: note[1] == NORMALISED)
+    own_heads = (np.unique(classes[h.numpy()], axis=0) for run in runs for h in run.heads)
+    way = _way(rounds.evaluated[-1])
+    return Analysis(
+        first=first,
+        sizes=sizes,
+        classes=classes,
+        pinned=_pinned(classes, runs),
+        mixed=_noted(classes, mixed),
+        grids=tuple(grids.values()),
+        heads=tuple(own_heads),
+        factors={i: _renamed(classes, factor) for i, factor in runs[0].factors.items()},
+        read=_read(classes, runs),
+        roles=roles,
+        order=order,
+        outputs=_outputs(newest, first, order),
+        idle=tuple(idle),
+        untrained=rounds.untrained,
+        trains=any(_way(run) != way or not run.trail for run in rounds.trained),
+        shapes=rounds.shapes,
+    )
+
+
+class _Rounds(NamedTuple):
+    """What runs in eval and in train mode said, and the classes that their labels fell into."""
+
+    evaluated: list[Run]
+    trained: list[Run]
+    classes: np.ndarray
+    untrained: str
+    shapes: bool
+
+
+def _rounds(
+    model: nn.Module, inputs: Inputs, first: Mapping[Dim, int], classes: np.ndarray
+) -> _Rounds:
+    """Run until no more labels join."""
     evaluated: list[Run] = []
     trained: list[Run] = []
     untrained, shapes = "", True
@@ -119,37 +171,7 @@ def analyse(
         before, classes = classes, _classes(classes, trained, ())
         if not any(run.grids for run in trained) or np.array_equal(before, classes):
             break
-    runs = [evaluated[-1], *trained]
-    begin = [evaluated[0], *trained]
-    order = tuple(dict.fromkeys(name for run in begin for name in run.order))
-    laid_out = [*_grids(classes, runs), *(classes[h] for h in heads)]
-    grids = {(g.shape, g.tobytes()): g for g in laid_out}
-    touched = {name for run in runs for name in run.touched}
-    roles = _roles(runs)
-    sizes = {dim: tensor.shape[dim.dim] for dim, tensor in dims_of(model).items()}
-    unread = _unread_vectors(model, roles, sizes, touched)
-    spans = [(first[d] + np.arange(n), first[like] + np.arange(n)) for d, like, n in unread]
-    classes = _classes(classes, [], spans)
-    roles.update((d, FOLLOW) for d, _, _ in unread)
-    idle = [n for n, p in model.named_parameters() if n not in touched and p.ndim > 1]
-    return Analysis(
-        first,
-        sizes,
-        classes,
-        _pinned(classes, runs),
-        _noted(classes, sorted(_mixed(runs), key=lambda note: note[1] == NORMALISED)),
-        tuple(grids.values()),
-        tuple(np.unique(classes[_vector(heads)], axis=0) for run in runs for heads in run.heads),
-        {i: _renamed(classes, factor) for i, factor in runs[0].factors.items()},
-        _read(classes, runs),
-        roles,
-        order,
-        _outputs(begin, first, order),
-        tuple(idle),
-        untrained,
-        any(_way(run) != _way(evaluated[-1]) or not run.trail for run in trained),
-        shapes,
-    )
+    return _Rounds(evaluated, trained, classes, untrained, shapes)
 
 
 def _evaluate(
@@ -248,15 +270,11 @@ def _labels(model: nn.Module, first: Mapping[Dim, int], classes: np.ndarray) -> 
     }
 
 
-def _vector(labels: Tensor) -> np.ndarray:
-    return labels.numpy()
-
-
 def _classes(
     known: np.ndarray, runs: Sequence[Run], joined: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> np.ndarray:
     """Connected components of the labels under all meetings, each named by its first label."""
-    pairs = [(_vector(a), _vector(b)) for run in runs for a, b in run.meetings]
+    pairs = [(a.numpy(), b.numpy()) for run in runs for a, b in run.meetings]
     pairs += list(joined)
     total = len(known)
     left, right = (
@@ -294,7 +312,7 @@ def _noted(classes: np.ndarray, notes: Sequence[tuple[Tensor, str]]) -> dict[int
     """The first reason given for each class."""
     if not notes:
         return {}
-    labels = np.concatenate([_vector(labels) for labels, _ in notes])
+    labels = np.concatenate([labels.numpy() for labels, _ in notes])
     note = np.repeat(np.arange(len(notes)), [len(labels) for labels, _ in notes])
     real = labels >= 0
     noted, at = np.unique(classes[labels[real]], return_index=True)
@@ -306,13 +324,13 @@ def _grids(classes: np.ndarray, runs: Sequence[Run]) -> list[np.ndarray]:
     found = []
     for run in runs:
         for grid in run.grids:
-            known = _vector(grid)
+            known = grid.numpy()
             found.append(np.where(known >= 0, classes[known], -1))
     return found
 
 
 def _renamed(classes: np.ndarray, factor: Factor) -> Factor:
-    over = _vector(factor.over)
+    over = factor.over.numpy()
     return replace(factor, over=torch.from_numpy(np.unique(classes[over[over >= 0]])))
 
 
@@ -320,7 +338,7 @@ def _read(classes: np.ndarray, runs: Sequence[Run]) -> np.ndarray:
     read = np.zeros(len(classes), dtype=bool)
     for run in runs:
         for seen in run.consumed:
-            known = _vector(seen)
+            known = seen.numpy()
             read[classes[known[known >= 0]]] = True
     return read
 
@@ -345,7 +363,7 @@ def _outputs(
     found = []
     for run in runs:
         for seen in run.outputs:
-            known = _vector(seen)
+            known = seen.numpy()
             at = np.unique(np.searchsorted(starts, known[known >= 0], side="right")) - 1
             names = [owner[int(starts[i])] for i in at.tolist()]
             made = [order.index(n) for n in names if n in order]
