@@ -82,6 +82,7 @@ def test_every_name_in_all_exists_and_stars_do_not_shadow_builtins():
     names = {n for n in space if not n.startswith("__")}
     assert {"SparsifyCallback", "Sparsifier", "Pruner", "agp", "large_final", "compare"} <= names
     assert not names & set(dir(builtins)) and "random" not in names
+    assert not names & {"Budget", "make_plan", "layer_costs", "as_criterion", "as_schedule"}
 
 
 def test_import_loads_nothing_heavy():

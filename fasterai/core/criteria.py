@@ -37,7 +37,6 @@ from .schedule import Schedule
 
 __all__ = [
     "Criterion",
-    "as_criterion",
     "fpgm",
     "grad_crit",
     "large_final",

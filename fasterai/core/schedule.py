@@ -19,7 +19,6 @@ __all__ = [
     "Chain",
     "Schedule",
     "agp",
-    "as_schedule",
     "available_schedules",
     "cos",
     "dsd",

@@ -25,7 +25,7 @@ from ..coupling.inputs import Inputs, run_quietly, tensors_in
 from ..coupling.probe import settle
 from .ranks import Choice, choices, spent
 
-__all__ = ["factored", "low_rank"]
+__all__ = ["low_rank"]
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ROUNDS = 5  # of alternating updates

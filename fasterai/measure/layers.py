@@ -15,7 +15,7 @@ from ..core.names import unwrapped
 from ..coupling.inputs import Inputs, run_quietly
 from .counts import Counts, counts, numbers_needed
 
-__all__ = ["compare_layers", "layer_costs", "profile_layers"]
+__all__ = ["compare_layers", "profile_layers"]
 
 _ROUNDS = 5
 _REST, _TOTAL = "rest", "total"

@@ -10,14 +10,7 @@ import pandas as pd
 
 from ..core.schedule import SCHEDULES, Chain, Schedule
 
-__all__ = [
-    "plot_correlations",
-    "plot_removed",
-    "plot_schedules",
-    "plot_steps",
-    "plot_training",
-    "plot_widths",
-]
+__all__ = ["plot_correlations", "plot_removed", "plot_schedules", "plot_training", "plot_widths"]
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#BBBBBB"  # apart for the colour-blind
 

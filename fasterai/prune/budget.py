@@ -24,7 +24,7 @@ from ..measure.costs import Costs, Running, macs_of_widths, parameters_of_widths
 from ..measure.profile import macs, saved_bytes
 from .queues import Queue, by_importance, by_share, queues_of
 
-__all__ = ["Budget", "Reached", "UnreachableTarget"]
+__all__ = ["Reached", "UnreachableTarget"]
 
 _ROUNDS = 8
 _NEAR = 0.01

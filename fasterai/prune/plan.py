@@ -21,7 +21,7 @@ from .optimizer import carrying
 from .plan_json import decode, encode
 from .runs import Runs, as_runs, from_runs
 
-__all__ = ["Adjustment", "AxisCut", "Plan", "make_plan"]
+__all__ = ["Adjustment", "AxisCut", "Plan"]
 
 
 @dataclass(frozen=True)

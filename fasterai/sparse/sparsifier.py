@@ -27,7 +27,7 @@ from .regrow import Regrowth
 from .report import sparsity_report
 from .targets import origin, targets_of
 
-__all__ = ["Sparsifier", "Sparsity"]
+__all__ = ["Sparsifier"]
 
 Sparsity = float | Mapping[str, float]
 
