@@ -1,8 +1,12 @@
-"""Ten small networks, each wired in another way, and what the tests do with networks."""
+"""Small networks, each wired in another way, and what the tests do with networks."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from fasterai.sparse.sparsifier import Sparsifier
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 def conv(i, o, k=3, **kwargs):
@@ -169,6 +173,71 @@ class Parted(nn.Module):
         return self.head(F.relu(self.left(left) + self.right(right)).mean((2, 3)))
 
 
+class Attention(nn.Module):
+    """Heads from one packed layer; the scale is read from the width of a head."""
+
+    def __init__(self, width=24, heads=3):
+        super().__init__()
+        self.stem, self.heads, self.head_dim = nn.Linear(10, width), heads, width // heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 40), nn.Linear(40, width)
+        self.last, self.head = nn.LayerNorm(width), nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n, t, _ = x.shape
+        qkv = self.qkv(self.norm(x)).view(n, t, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.proj(out)
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.head(self.last(x).mean(1))
+
+
+class Heads(nn.Module):
+    """Attention whose packed layer has the same shape for any number of heads."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.heads, self.head_dim = heads, 24 // heads
+        self.qkv, self.proj = nn.Linear(10, 72), nn.Linear(24, 4)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Normed(nn.Module):
+    """A norm of one's choice between two convs."""
+
+    def __init__(self, norm, width=8):
+        super().__init__()
+        self.a, self.norm, self.b = conv(3, width), norm, conv(width, 4)
+
+    def forward(self, x):
+        x = self.a(x)
+        if isinstance(self.norm, nn.GroupNorm):
+            return self.b(F.relu(self.norm(x)))
+        return self.b(F.relu(self.norm(x.movedim(1, -1)).movedim(-1, 1)))
+
+
+class Tied(nn.Module):
+    """An output layer with the weight of the embedding, or with one of its own."""
+
+    def __init__(self, tied=True):
+        super().__init__()
+        self.embed, self.mid = nn.Embedding(11, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.mid(self.embed(x)).relu())
+
+
+TOKENS = torch.arange(10).view(2, 5)
 ALL = [Plain, Residual, Dense, Depthwise, Gated, Reused, TwoHeads, Upsampled, Mlp, Parted]
 
 
@@ -191,13 +260,57 @@ def shake(model):
     return model
 
 
+def lively(model):
+    """Weights large enough for attention to look somewhere."""
+    torch.manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p, 0.2, 0.5)
+    return model.double().eval()
+
+
+def zeroed(model, x, **kwargs):
+    Sparsifier(model, "filter", example_inputs=x, **kwargs).sparsify_model(0.5)
+    return model
+
+
+def eagerly(model):
+    return torch.compile(model, backend="eager")
+
+
+def wrapped(kind):
+    model = make(Residual)
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if kind == "part":
+        model.c1 = torch.compile(model.c1, backend="eager")
+        return model
+    return torch.compile(model, backend=kind)
+
+
 def images(n=2, size=16, dtype=torch.float32, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, 3, size, size, dtype=dtype, generator=generator)
 
 
+def sequences(n=2, t=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, t, 10, generator=generator, dtype=torch.float64)
+
+
 def tensors(out):
     return list(out.values()) if isinstance(out, dict) else [out]
+
+
+def loss_of(out):
+    return sum(o.square().mean() for o in tensors(out))
+
+
+def size(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def widths(model):
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def apart(before, after):

@@ -1,5 +1,6 @@
 """Two processes that train together, through gloo or NCCL, and do what tests send them."""
 
+import importlib
 import multiprocessing as mp
 import os
 import pickle
@@ -27,10 +28,15 @@ def here():
 
 
 class Pair:
-    """Call it with a function and its arguments: both processes run it, results come as a list."""
+    """Call it with a function and its arguments: both processes run it, results come as a list.
 
-    def __init__(self, folder, backend="gloo"):
-        self.folder, self.backend, self.starts, self.running = folder, backend, 0, []
+    Args:
+        module: where the functions are, for the processes to import at their start.
+    """
+
+    def __init__(self, folder, backend, module):
+        self.folder, self.backend, self.module = folder, backend, module
+        self.starts, self.running = 0, []
 
     def __call__(self, func, *args, **kwargs):
         if not self.running:
@@ -60,7 +66,7 @@ class Pair:
         for rank in range(2):
             ours, theirs = context.Pipe()
             where = f"file://{self.folder}/store{self.starts}"
-            given = rank, where, self.backend, theirs
+            given = rank, where, self.backend, self.module, theirs
             process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             self.running.append((process, ours))
@@ -69,7 +75,7 @@ class Pair:
             raise TimeoutError("the processes do not start")
 
 
-def _serve(rank, where, backend, pipe):
+def _serve(rank, where, backend, module, pipe):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if backend == "nccl":
@@ -82,8 +88,8 @@ def _serve(rank, where, backend, pipe):
         backend, init_method=where, rank=rank, world_size=2, timeout=timedelta(seconds=START)
     )
     import fastai.distributed  # noqa: F401  (slow)
-    import test_processes  # noqa: F401
 
+    importlib.import_module(module)
     pipe.send(True)
     while True:
         try:

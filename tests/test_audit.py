@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from learners import learner
 from networks import Depthwise, Residual, images, make
 from scipy.stats import linregress
 from sklearn.metrics import confusion_matrix
-from test_callback import learner
 from torch import nn
 
 from fasterai.audit.classes import class_audit

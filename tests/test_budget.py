@@ -9,8 +9,8 @@ import torch
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
+from learners import data, learner
 from networks import ALL, Mlp, Residual, conv, images, make
-from test_callback import data, learner
 from torch import nn, optim
 
 from fasterai.core.criteria import Criterion, grad_crit, large_final, small_final

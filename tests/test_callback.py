@@ -1,20 +1,16 @@
 """The callback in real fastai fits."""
 
-import random
 import warnings
 
 import pytest
 import torch
-from fastai.callback.core import Callback, CancelFitException, CancelStepException
+from fastai.callback.core import CancelFitException, CancelStepException
 from fastai.callback.schedule import minimum  # noqa: F401  (patches Learner with fit_one_cycle, lr_find)
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
-from fastai.learner import Learner, load_learner
-from fastai.metrics import accuracy
+from fastai.learner import load_learner
 from fastai.optimizer import SGD, Adam
+from learners import Count, Fail, Watch, filters_at_zero, learner, weights_at_zero
 from networks import Residual, conv, make
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from fasterai.core.criteria import grad_crit, large_final, movement, snip
 from fasterai.core.schedule import (
@@ -31,77 +27,6 @@ from fasterai.prune.callback import PruneCallback
 from fasterai.prune.pruner import Pruner
 from fasterai.score.criteria import wanda
 from fasterai.sparse.callback import SparsifyCallback
-
-
-class Items(TensorDataset):
-    def new_empty(self):
-        return Items(*(t[:0] for t in self.tensors))
-
-
-def data(n=64, bs=8):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, 3, 8, 8, generator=generator)
-    y = (x.mean((1, 2, 3)) > 0).long() + 2 * (x[:, 0].mean((1, 2)) > 0).long()
-    items = Items(x, y)
-    train = DataLoader(items, bs=bs, shuffle=True, num_workers=0)
-    return DataLoaders(train, DataLoader(items, bs=32, num_workers=0), device="cpu")
-
-
-def learner(model=None, **kwargs):
-    torch.manual_seed(0)
-    random.seed(0)  # fastai's DataLoader shuffles by it
-    loss = nn.CrossEntropyLoss()
-    learn = Learner(
-        data(),
-        make(Residual) if model is None else model,
-        loss,
-        metrics=accuracy,
-        lr=1e-2,
-        **kwargs,
-    )
-    learn.remove_cb(learn.progress)
-    learn.logger = lambda _: None
-    return learn
-
-
-def weights_at_zero(learn):
-    """Over all layers but the output layer."""
-    model = learn.model
-    return sum(int((m.weight == 0).sum()) for m in (model.stem, model.c1, model.c2, model.c3))
-
-
-class Count(Callback):
-    """How many weights are zero after each step, before an update."""
-
-    order = 99
-
-    def before_fit(self):
-        self.zeros = []
-
-    def after_step(self):
-        self.zeros.append(weights_at_zero(self.learn))
-
-
-def filters_at_zero(layer):
-    return int((layer.weight.flatten(1) == 0).all(1).sum())
-
-
-class Watch(Callback):
-    """After every step: what is zero is +0.0, and how many filters that is."""
-
-    order = 99
-
-    def __init__(self, layer="c1", norm="bn1"):
-        self.layer, self.norm, self.seen, self.inside = layer, norm, [], True
-
-    def after_batch(self):
-        if self.training:
-            layer = self.learn.model.get_submodule(self.layer)
-            norm = self.learn.model.get_submodule(self.norm)
-            zero = (layer.weight.flatten(1) == 0).all(1)
-            quiet = [layer.weight[zero], norm.weight[zero], norm.bias[zero]]
-            self.inside &= not any(q.count_nonzero() or q.signbit().any() for q in quiet)
-            self.seen.append(int(zero.sum()))
 
 
 @pytest.mark.parametrize("opt_func", [SGD, Adam])
@@ -357,21 +282,6 @@ def test_two_callbacks_and_two_learners_do_not_touch_each_other():
     both.fit(1, cbs=[SparsifyCallback(0.5, layers="c1"), SparsifyCallback(0.25, layers="c2")])
     assert int((both.model.c1.weight == 0).sum()) == both.model.c1.weight.numel() // 2
     assert int((both.model.c2.weight == 0).sum()) == both.model.c2.weight.numel() // 4
-
-
-class Fail(Callback):
-    order = -90
-
-    def __init__(self, error, event, at):
-        self.error, self.event, self.at = error, event, at
-
-    def before_step(self):
-        if self.event == "before_step" and self.at(self):
-            raise self.error
-
-    def after_batch(self):
-        if self.event == "after_batch" and self.training and self.at(self):
-            raise self.error
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("boom"), CancelFitException()])

@@ -5,48 +5,24 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from company import COMPANY, OnCPU
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import FetchPredsCallback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.mixup import CutMix, MixUp
-from fastai.callback.progress import CSVLogger, ProgressCallback
-from fastai.callback.tensorboard import TensorBoardCallback
 from fastai.callback.tracker import (
-    EarlyStoppingCallback,
-    ReduceLROnPlateau,
     SaveModelCallback,
-    TerminateOnNaNCallback,
 )
-from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Lookahead, OptimWrapper, RAdam, ranger
-from networks import Residual, make
-from test_callback import Watch, filters_at_zero, learner, weights_at_zero
-from torch import nn
+from learners import Watch, filters_at_zero, learner, weights_at_zero
+from networks import Residual, wrapped
 
 from fasterai.core.schedule import agp, lin, one_shot
 from fasterai.sparse.callback import SparsifyCallback
 from fasterai.sparse.sparsifier import Sparsifier
 
 EARLY = agp.over(0.1, 0.5)  # the target is reached in the second of four epochs
-COMPANY = {
-    "save": lambda folder: SaveModelCallback(with_opt=True),
-    "save_all": lambda folder: SaveModelCallback(every_epoch=True),
-    "stop": lambda folder: EarlyStoppingCallback(patience=9),
-    "plateau": lambda folder: ReduceLROnPlateau(patience=1, min_delta=9.0),
-    "nan": lambda folder: TerminateOnNaNCallback(),
-    "mixup": lambda folder: MixUp(),
-    "cutmix": lambda folder: CutMix(),
-    "accumulate": lambda folder: GradientAccumulation(20),
-    "clip": lambda folder: GradientClip(0.1),
-    "tensorboard": lambda folder: TensorBoardCallback(folder / "board", log_preds=False),
-    "progress": lambda folder: ProgressCallback(),
-    "csv": lambda folder: CSVLogger(),  # behind it, for it does not pass lines on
-    "fetch": lambda folder: FetchPredsCallback(),
-    "fetch_train": lambda folder: FetchPredsCallback(ds_idx=0, with_decoded=True),
-    "channels_last": lambda folder: ChannelsLast(),
-}
 
 
 def expected(schedule, steps, groups, sparsity=0.5):
@@ -131,18 +107,6 @@ def test_export_with_the_callback_and_trackers(tmp_path):
     assert other.sparsify.report()["reached"].iloc[-1] == 0.5
 
 
-class OnCPU(MixedPrecision):
-    """fastai's mixed precision asks for 'cuda'; the same with the CPU's autocast and scaler."""
-
-    def before_fit(self):
-        dtype = torch.bfloat16 if self.amp_mode.value == "bf16" else torch.float16
-        self.autocast, self.scales = torch.autocast("cpu", dtype), []
-        self.learn.scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, **HUGE)
-
-
-HUGE = {"init_scale": 2.0**36, "growth_interval": 3}  # gradients overflow: steps are skipped
-
-
 @pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:torch.cuda.amp.GradScaler")
 @pytest.mark.parametrize("mode", ["fp16", "bf16"])
 @pytest.mark.parametrize("kind", [MixedPrecision, OnCPU])
@@ -157,16 +121,6 @@ def test_mixed_precision(tmp_path, kind, mode):
     learn.fit(4, cbs=[precision, cb, watch])
     assert watch.seen == expected(EARLY, 32, 16) and watch.inside
     assert not all(skipped) and (any(skipped) or kind is not OnCPU or mode == "bf16")
-
-
-def wrapped(kind):
-    model = make(Residual)
-    if kind == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
-    if kind == "part":
-        model.c1 = torch.compile(model.c1, backend="eager")
-        return model
-    return torch.compile(model, backend=kind)
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learners import Fail, learner
 from networks import Plain, Residual, images, make
-from test_callback import Fail, learner
+from scoring import lowest
 from torch import nn
 
 from fasterai.core import criteria as C
@@ -60,15 +61,6 @@ def move(model, seed):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-
-
-def lowest(scores, n):
-    """The n lowest of a list of arrays, in the order of the arrays where equal, as bool arrays."""
-    flat = np.concatenate([s.ravel() for s in scores])
-    gone = np.zeros(flat.size, dtype=bool)
-    gone[np.argsort(flat, kind="stable")[:n]] = True
-    ends = np.cumsum([s.size for s in scores])[:-1]
-    return [g.reshape(s.shape) for g, s in zip(np.split(gone, ends), scores, strict=True)]
 
 
 # --- the formulas -----------------------------------------------------------------------------

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from networks import Gated, Plain, Residual, make
-from test_oracle import measure
-from test_score import batches, loss_func
+from scoring import batches, loss_func, measure
 from torch import nn
 
 from fasterai.core.criteria import (

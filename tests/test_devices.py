@@ -4,18 +4,12 @@ import copy
 
 import pytest
 import torch
-from networks import ALL, apart, images, make
+from networks import ALL, DEVICES, apart, images, loss_of, make
 
 from fasterai.deploy.files import load_pruned, save_pruned
 from fasterai.measure.profile import compare
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
-
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-
-
-def loss_of(out):
-    return sum(o.square().mean() for o in (out.values() if isinstance(out, dict) else [out]))
 
 
 @pytest.mark.parametrize("device", DEVICES)

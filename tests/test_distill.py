@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from company import SmallScale
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import minimum  # noqa: F401  (patches Learner with lr_find)
@@ -15,10 +16,8 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
+from learners import Gradients, learner, left_behind
 from networks import Residual, make
-from test_callback import learner
-from test_lottery import left_behind
-from test_regularize import Gradients, SmallScale
 from torch import nn
 
 from fasterai.core.schedule import agp

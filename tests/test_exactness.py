@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from networks import apart, conv, images, shake
+from networks import Attention, Normed, apart, images, lively, sequences, shake
 from torch import nn
 
 from fasterai.coupling.norms import NarrowGroupNorm, NarrowLayerNorm
@@ -15,41 +15,6 @@ from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
 
 tv = torchvision.models
-
-
-class Attention(nn.Module):
-    """Heads from one packed layer; the scale is read from the width of a head."""
-
-    def __init__(self, width=24, heads=3):
-        super().__init__()
-        self.stem, self.heads, self.head_dim = nn.Linear(10, width), heads, width // heads
-        self.norm = nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 40), nn.Linear(40, width)
-        self.last, self.head = nn.LayerNorm(width), nn.Linear(width, 4)
-
-    def forward(self, x):
-        x = self.stem(x)
-        n, t, _ = x.shape
-        qkv = self.qkv(self.norm(x)).view(n, t, 3, self.heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.proj(out)
-        x = x + self.down(F.gelu(self.up(x)))
-        return self.head(self.last(x).mean(1))
-
-
-def sequences(n=2, t=7, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, t, 10, generator=generator, dtype=torch.float64)
-
-
-def lively(model):
-    """Weights large enough for attention to look somewhere."""
-    torch.manual_seed(0)
-    for p in model.parameters():
-        nn.init.normal_(p, 0.2, 0.5)
-    return model.double().eval()
 
 
 def test_queries_keys_values_and_hidden_units_go_and_the_scale_is_made_good():
@@ -143,18 +108,6 @@ def test_an_embedding_width_goes_where_it_is_asked_for():
     Pruner(model, x).prune_model()
     assert model.stem.out_features == 6 and model.norm.width == 24
     assert apart(again(other), model(other)) < 1e-12 < apart(once(other), model(other))
-
-
-class Normed(nn.Module):
-    def __init__(self, norm, width=8):
-        super().__init__()
-        self.a, self.norm, self.b = conv(3, width), norm, conv(width, 4)
-
-    def forward(self, x):
-        x = self.a(x)
-        if isinstance(self.norm, nn.GroupNorm):
-            return self.b(F.relu(self.norm(x)))
-        return self.b(F.relu(self.norm(x.movedim(1, -1)).movedim(-1, 1)))
 
 
 @pytest.mark.parametrize(

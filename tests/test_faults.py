@@ -17,7 +17,7 @@ from fastai.callback.core import (
 )
 from fastai.callback.tracker import SaveModelCallback, TerminateOnNaNCallback
 from fastai.optimizer import SGD
-from test_callback import data, filters_at_zero, learner
+from learners import data, filters_at_zero, learner
 from torch import nn
 
 from fasterai.core.criteria import movement

@@ -12,11 +12,29 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from networks import ALL, Depthwise, Mlp, Plain, Residual, conv, images, make, shake
+from comparing import contents, same
+from networks import (
+    ALL,
+    TOKENS,
+    Attention,
+    Depthwise,
+    Heads,
+    Mlp,
+    Normed,
+    Plain,
+    Residual,
+    Tied,
+    conv,
+    eagerly,
+    images,
+    lively,
+    make,
+    sequences,
+    shake,
+    zeroed,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_exactness import Attention, Normed, lively, sequences
-from test_plan import TOKENS, Heads, Tied, contents, eagerly, same, zeroed
 from torch import nn
 
 import fasterai.coupling.surgery as surgery

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torchvision
-from networks import ALL, Mlp, Plain, Residual, apart, conv, images, make
+from networks import ALL, Mlp, Plain, Residual, apart, conv, images, make, size, widths
 from torch import nn, optim
 
 from fasterai.core.criteria import (
@@ -33,14 +33,6 @@ LARGE = {
     "shufflenet": tv.shufflenet_v2_x0_5,
 }
 STEPS = (0.1, 0.35, 0.35, 0.5)
-
-
-def widths(model):
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
-def size(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("limits", [{}, {"round_to": 4}, {"min_keep": 5}])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.metrics import accuracy
-from networks import ALL, Plain, Residual, images, make
-from test_callback import learner
+from learners import learner
+from networks import ALL, Plain, Residual, images, make, size
 
 from fasterai.core.criteria import large_final, squared_final
 from fasterai.core.schedule import iterative, lin, one_shot
@@ -24,10 +24,6 @@ from fasterai.prune.plan import Plan
 from fasterai.prune.pruner import Pruner
 
 matplotlib.use("agg")
-
-
-def size(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 def shapes(model):

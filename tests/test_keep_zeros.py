@@ -6,10 +6,8 @@ from fastai.callback.core import CancelStepException
 from fastai.callback.schedule import minimum  # noqa: F401  (patches Learner with fit_one_cycle, lr_find)
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import SGD, Adam
-from networks import ALL, Residual, conv, images, make
-from test_callback import Fail, Watch, filters_at_zero, learner
-from test_company import wrapped
-from test_trackers import Cuts
+from learners import Cuts, Fail, Watch, filters_at_zero, learner
+from networks import ALL, Residual, conv, images, make, wrapped
 from torch import nn
 
 from fasterai.core.schedule import lin, one_shot

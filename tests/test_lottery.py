@@ -12,12 +12,11 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from fastai.metrics import mse
 from fastai.optimizer import SGD
+from learners import Items, data, learner, left_behind
 from networks import Residual, make
-from test_callback import Items, data, learner
 from torch import nn
 
 from fasterai.core.criteria import grad_crit, large_init_large_final, movement
-from fasterai.fit.stand_in import StandIn
 from fasterai.sparse.callback import KeepZeros
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.tickets.callback import LotteryTicket
@@ -242,17 +241,6 @@ class Breaks(Callback):
             if self.left == 0:
                 raise self.error
         return super().__call__(name)
-
-
-def left_behind(learn):
-    """What of ours is still on a learner, its model or its optimizer."""
-    places = (learn, learn.model, learn.opt)
-    own = [
-        k for x in places for k, v in getattr(x, "__dict__", {}).items() if isinstance(v, StandIn)
-    ]
-    hooks = [m for m in learn.model.modules() if m._forward_hooks or m._forward_pre_hooks]
-    named = [cb for cb in learn.cbs if type(cb).__module__.startswith("fasterai")]
-    return [*own, *hooks, *named]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt("stop"), RuntimeError("bang")])

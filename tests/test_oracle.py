@@ -7,9 +7,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import ALL, Parted, Plain, Residual, make
-from test_callback import learner
-from test_score import DEVICES, batches, loss_func
+from comparing import assert_unchanged, state
+from learners import learner
+from networks import ALL, DEVICES, Parted, Plain, Residual, make
+from scoring import Stop, batches, loss_func, mean_of, measure
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -53,18 +54,6 @@ class Attentive(nn.Module):
 
 
 NETWORKS = [*ALL, Layered, Attentive]
-
-
-def measure(model, data=None, **kwargs):
-    kwargs = {"loss_func": loss_func, "progress": False, **kwargs}
-    return oracle(model, batches() if data is None else data, **kwargs)
-
-
-def mean_of(model, data, func=loss_func):
-    """The loss over all examples, batch by batch, as a loop of one's own computes it."""
-    with torch.no_grad():
-        each = [(float(func(model.eval()(x), y)), len(x)) for x, y in data]
-    return sum(loss * n for loss, n in each) / sum(n for _, n in each)
 
 
 def without(model, axis, unit, total):
@@ -193,38 +182,6 @@ def test_units_that_do_not_exist_are_refused(units, match):
 # --- what it leaves behind ---------------------------------------------------------------------
 
 
-def state(model):
-    return (
-        {k: (id(v), v.clone()) for k, v in [*model.named_parameters(), *model.named_buffers()]},
-        [m.training for m in model.modules()],
-        {n: dict(vars(m)) for n, m in model.named_modules()},
-        torch.get_rng_state(),
-    )
-
-
-def same(before, after):
-    tensors, modes, attributes, rng = before
-    assert modes == after[1] and torch.equal(rng, after[3]) and list(tensors) == list(after[0])
-    for k, (i, v) in tensors.items():
-        assert i == after[0][k][0] and torch.equal(v, after[0][k][1]), k
-    assert {n: list(v) for n, v in attributes.items()} == {n: list(v) for n, v in after[2].items()}
-    for n, own in attributes.items():
-        assert all(after[2][n][k] == v for k, v in own.items() if isinstance(v, int)), n
-
-
-class Stop:
-    """A loss that raises in its n-th call."""
-
-    def __init__(self, n, error):
-        self.left, self.error = n, error
-
-    def __call__(self, out, y):
-        self.left -= 1
-        if self.left < 0:
-            raise self.error
-        return loss_func(out, y)
-
-
 @pytest.mark.parametrize("kind", [Residual, Parted, Layered])
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt(), RuntimeError("mine")])
 def test_the_model_is_as_before_also_after_an_interrupt(kind, error):
@@ -236,8 +193,8 @@ def test_the_model_is_as_before_also_after_an_interrupt(kind, error):
         for n in (1, 3, 4, 20):  # three batches: as it is, and in the midst of units
             with pytest.raises(type(error)):
                 measure(model, loss_func=Stop(n, error))
-            same(before, state(model))
-    same(before, state(model))
+            assert_unchanged(before, state(model))
+    assert_unchanged(before, state(model))
     assert all(p.grad is None for p in model.parameters())
 
 

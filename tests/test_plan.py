@@ -7,54 +7,34 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
+from comparing import contents, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import ALL, Mlp, Plain, Residual, apart, conv, images, make
-from test_exactness import Attention, Normed, lively, sequences
+from networks import (
+    ALL,
+    TOKENS,
+    Attention,
+    Heads,
+    Mlp,
+    Normed,
+    Plain,
+    Residual,
+    Tied,
+    apart,
+    conv,
+    eagerly,
+    images,
+    lively,
+    make,
+    sequences,
+    zeroed,
+)
 from torch import nn
 
 import fasterai.coupling.surgery as surgery
 from fasterai.prune.plan import Adjustment, AxisCut, Plan
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.runs import as_runs, from_runs
-from fasterai.sparse.sparsifier import Sparsifier
-
-
-def plain(value):
-    return type(value) in (int, float, str, bool) or isinstance(value, tuple | list)
-
-
-def contents(model):
-    """All that a cut may change: tensors, the modules' classes and plain attributes."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    modules = dict(model.named_modules())
-    return (
-        {n: (id(x), x.detach().clone(), x.stride()) for n, x in tensors.items()},
-        {n: (type(m), {k: v for k, v in vars(m).items() if plain(v)}) for n, m in modules.items()},
-    )
-
-
-def same(before, after, *, objects=True):
-    """Whether two models, or one before and after, agree bit for bit."""
-    (a, b), (c, d) = (x if isinstance(x, tuple) else contents(x) for x in (before, after))
-    b, d = ({n: (t, _no_weights(v)) for n, (t, v) in x.items()} for x in (b, d))
-    return (
-        b == d
-        and a.keys() == c.keys()
-        and all(torch.equal(a[n][1], c[n][1]) and a[n][2] == c[n][2] for n in a)
-        and (not objects or all(a[n][0] == c[n][0] for n in a))
-    )
-
-
-def _no_weights(attributes):
-    return {k: v for k, v in attributes.items() if k not in ("_flat_weights", "training")}
-
-
-def zeroed(model, x, **kwargs):
-    Sparsifier(model, "filter", example_inputs=x, **kwargs).sparsify_model(0.5)
-    return model
-
 
 CASES = {
     **{kind.__name__: (lambda k=kind: make(k), images()) for kind in ALL},
@@ -216,37 +196,6 @@ def test_plans_that_do_not_follow_each_other_are_refused():
 # --- what does not fit ----------------------------------------------------------------------
 
 
-class Heads(nn.Module):
-    """Attention whose packed layer has the same shape for any number of heads."""
-
-    def __init__(self, heads):
-        super().__init__()
-        self.heads, self.head_dim = heads, 24 // heads
-        self.qkv, self.proj = nn.Linear(10, 72), nn.Linear(24, 4)
-
-    def forward(self, x):
-        n, t, _ = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Tied(nn.Module):
-    """An output layer with the weight of the embedding, or with one of its own."""
-
-    def __init__(self, tied=True):
-        super().__init__()
-        self.embed, self.mid = nn.Embedding(11, 8), nn.Linear(8, 8)
-        self.head = nn.Linear(8, 11, bias=False)
-        if tied:
-            self.head.weight = self.embed.weight
-
-    def forward(self, x):
-        return self.head(self.mid(self.embed(x)).relu())
-
-
-TOKENS = torch.arange(10).view(2, 5)
-
-
 def cut_of(model, x):
     pruner = Pruner(model, x)
     pruner.prune_model(0.5)
@@ -338,10 +287,6 @@ def test_only_modules_are_cut():
     plan = cut_of(make(Plain), images())
     with pytest.raises(TypeError, match="got Learner; pass learn.model"):
         plan.apply(Learner())
-
-
-def eagerly(model):
-    return torch.compile(model, backend="eager")
 
 
 def inside(model):

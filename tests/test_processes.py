@@ -15,9 +15,9 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam
+from learners import Items
 from networks import Plain, Residual, make
 from pair import Pair, backends, here
-from test_callback import Items
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,7 +43,7 @@ STEPS = lin.over(0.0, 0.7, n_steps=4)
 
 @pytest.fixture(scope="module", params=backends())
 def both(tmp_path_factory, request):
-    pair = Pair(tmp_path_factory.mktemp("pair"), request.param)
+    pair = Pair(tmp_path_factory.mktemp("pair"), request.param, __name__)
     yield pair
     pair.stop()
 

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from company import COMPANY, OnCPU
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import (
     Callback,
@@ -25,9 +26,8 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
-from networks import Plain, Residual, conv, images, make
-from test_callback import Items, data, learner
-from test_company import COMPANY, OnCPU
+from learners import Items, data, learner
+from networks import Plain, Residual, conv, images, make, size, widths
 from torch import nn, optim
 
 from fasterai.core.criteria import grad_crit, large_final, movement, random_scores
@@ -41,14 +41,6 @@ from fasterai.prune.plan import Plan
 from fasterai.prune.pruner import Pruner
 
 QUICK = lin.over(0.0, 0.5, n_steps=4)
-
-
-def widths(model):
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
-def size(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 def fit(learn, epochs, cb, *cbs, **kwargs):

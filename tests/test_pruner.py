@@ -6,7 +6,20 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import ALL, Gated, Parted, Plain, Residual, TwoHeads, apart, conv, images, make, shake
+from networks import (
+    ALL,
+    Gated,
+    Parted,
+    Plain,
+    Residual,
+    TwoHeads,
+    apart,
+    conv,
+    images,
+    make,
+    shake,
+    size,
+)
 from torch import nn
 
 from fasterai.core.criteria import random_scores, squared_final
@@ -24,10 +37,6 @@ def free_units(model):
 
 def dtype_of(model):
     return next(model.parameters()).dtype
-
-
-def size(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", EXACT)

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from company import SmallScale
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
+from learners import Gradients, learner
 from networks import ALL, Gated, Mlp, Plain, Residual, images, make
-from test_callback import learner
-from test_company import OnCPU
 from torch import nn
 
 from fasterai.core.criteria import grad_crit
@@ -170,20 +170,6 @@ def test_a_channel_that_nothing_needs_goes_to_zero():
     assert norms[0.02] < norms[0.0]
 
 
-class Gradients(Callback):
-    """Keeps the gradients right before the optimizer's step, after all callbacks."""
-
-    order = 99
-
-    def before_fit(self):
-        self.seen, self.weights = [], []
-
-    def before_step(self):
-        self.weights.append(copy.deepcopy(self.learn.model.state_dict()))
-        named = self.learn.model.named_parameters()
-        self.seen.append({k: p.grad.clone() for k, p in named if p.grad is not None})
-
-
 def added(cbs, strength=0.5, **kwargs):
     """What the callback adds to the first step's gradients, and the network then."""
     found = []
@@ -220,14 +206,6 @@ def test_it_is_added_once_a_step_in_any_company(cbs):
         expected = network.get_parameter(k).grad
         expected = torch.zeros_like(d) if expected is None else expected
         torch.testing.assert_close(d, expected, rtol=1e-3, atol=2e-4)
-
-
-class SmallScale(OnCPU):
-    """Mixed precision on the CPU, whose gradients do not overflow."""
-
-    def before_fit(self):
-        self.autocast, self.scales = torch.autocast("cpu", torch.bfloat16), []
-        self.learn.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
 
 
 def test_the_strength_follows_the_schedule_and_the_column_says_so():

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
+from learners import learner
 from PIL import Image
-from test_callback import learner
 from torch import nn
 
 from fasterai.audit.classes import class_audit

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from learners import Count, Watch, filters_at_zero, learner, weights_at_zero
 from networks import Residual, make
-from test_callback import Count, Watch, filters_at_zero, learner, weights_at_zero
 
 from fasterai.core.schedule import SCHEDULES, agp, cos, dsd, lin, one_shot
 from fasterai.sparse.callback import SparsifyCallback

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
-from networks import ALL, Depthwise, Plain, Residual, Reused, conv, images, make, tensors
-from test_callback import learner
-from test_criteria import lowest
+from learners import learner
+from networks import ALL, DEVICES, Depthwise, Plain, Residual, Reused, conv, images, make
+from scoring import batches, loss_func, lowest
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -47,26 +47,10 @@ from fasterai.sparse.callback import SparsifyCallback
 from fasterai.sparse.sparsifier import Sparsifier
 
 DATA = [taylor, taylor_filter, taylor_maps, obd, mean_activation, apoz, wanda]
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 def net(kind, dtype=torch.float64):
     return make(kind, dtype)
-
-
-def batches(n=3, size=4, dtype=torch.float64, pixels=16):
-    """Batches of another size each, with targets."""
-    found = []
-    for i in range(n):
-        generator = torch.Generator().manual_seed(10 + i)
-        x = torch.randn(size + i, 3, pixels, pixels, dtype=dtype, generator=generator)
-        found.append((x, torch.randn(size + i, 4, dtype=dtype, generator=generator)))
-    return found
-
-
-def loss_func(out, y):
-    """A mean over the examples, for outputs of any shape."""
-    return sum((o.flatten(1).mean(1) * y.sum(1)).mean() + o.square().mean() for o in tensors(out))
 
 
 def scores(model, criteria, data=None, **kwargs):

@@ -6,9 +6,9 @@ from itertools import combinations, product
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_unchanged, state
 from networks import ALL, Parted, Residual, make
-from test_oracle import Stop, mean_of, same, state
-from test_score import batches, loss_func
+from scoring import Stop, batches, loss_func, mean_of
 from torch import nn
 
 from fasterai.core.criteria import large_final
@@ -163,8 +163,8 @@ def test_the_model_is_as_before_also_after_an_interrupt(kind, error):
     for n in (0, 4) if error is not None else ():
         with pytest.raises(type(error)):
             search(model, particles=3, rounds=2, loss_func=Stop(n, error))
-        same(before, state(model))
-    same(before, state(model))
+        assert_unchanged(before, state(model))
+    assert_unchanged(before, state(model))
 
 
 def test_limits_hold_and_excluded_layers_stay():

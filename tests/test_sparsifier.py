@@ -5,7 +5,19 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import ALL, Depthwise, Gated, Mlp, Parted, Plain, Residual, TwoHeads, images, make
+from networks import (
+    ALL,
+    Depthwise,
+    Gated,
+    Mlp,
+    Parted,
+    Plain,
+    Residual,
+    TwoHeads,
+    images,
+    loss_of,
+    make,
+)
 from torch import nn
 
 from fasterai.core.criteria import (
@@ -139,10 +151,6 @@ OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, 1e-2, weight_decay=1e-2),
     "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
 }
-
-
-def loss_of(out):
-    return sum(o.square().mean() for o in (out.values() if isinstance(out, dict) else [out]))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -13,8 +13,8 @@ from fastai.callback.core import Callback
 from fastai.learner import AvgMetric
 from fastai.metrics import error_rate
 from fastai.optimizer import Adam
+from learners import learner
 from networks import Plain, Residual, make
-from test_callback import learner
 from torch import nn
 
 from fasterai.core.target import Target

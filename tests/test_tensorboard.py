@@ -2,7 +2,7 @@
 
 import pytest
 from fastai.callback.core import Callback
-from test_callback import learner
+from learners import learner
 
 from fasterai.prune.callback import PruneCallback
 from fasterai.sparse.callback import SparsifyCallback

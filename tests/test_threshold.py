@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from learners import learner
 from networks import ALL, Plain, images, make
-from test_callback import learner
 from torch import nn
 
 from fasterai.core.schedule import one_shot

@@ -9,17 +9,12 @@ from fastai.callback.tracker import (
     SaveModelCallback,
     TrackerCallback,
 )
-from test_callback import filters_at_zero, learner
+from learners import LATE, Cuts, filters_at_zero, learner
 from torch import nn
 
-from fasterai.core.criteria import large_final
 from fasterai.core.schedule import Schedule, agp, curves, dsd, lin, one_shot
-from fasterai.fit.callback import ScheduledCallback
 from fasterai.fit.saved import unlike_tensors
-from fasterai.prune.pruner import Pruner
 from fasterai.sparse.callback import SparsifyCallback
-
-LATE = one_shot.over(20, 20)  # in the third of four epochs of 8 steps
 
 
 class Worsens(Callback):
@@ -210,28 +205,6 @@ def test_validate_and_a_fit_without_trackers_epochs(tmp_path):
     learn.validate()
     assert [e for e, _ in judged.epochs] != []  # fastai's trackers judge there, too
     learn.get_preds()
-
-
-class Cuts(ScheduledCallback):
-    """Stands in for a callback that makes the network smaller."""
-
-    columns, reshapes = ("left",), True
-
-    def __init__(self, hold_trackers=True, schedule=LATE):
-        super().__init__(large_final, schedule, hold_trackers)
-        self.now = 0.0
-
-    def begin(self):
-        return True
-
-    def go(self, share, before):
-        pruner = Pruner(self.learn.model, self.xb[0])
-        pruner.prune_model(0.5)
-        self.learn.create_opt()
-        self.now = share
-
-    def reached(self):
-        return self.now
 
 
 @pytest.mark.parametrize("with_opt", [False, True])
