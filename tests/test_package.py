@@ -1,5 +1,6 @@
 """What a stranger gets: version, metadata, notebooks, README."""
 
+import ast
 import json
 import re
 import tempfile
@@ -56,6 +57,20 @@ def test_no_path_of_the_machine_it_was_made_on():
     here = [str(ROOT), str(Path.home()), tempfile.gettempdir()]
     for path in [*ROOT.glob("*.md"), *NOTEBOOKS, *(ROOT / "fasterai").rglob("*.py")]:
         assert not any(place in path.read_text() for place in here), path
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (name.name for name in node.names)
+
+
+def test_no_module_imports_a_test_module():
+    for path in (ROOT / "tests").glob("*.py"):
+        parts = {part for name in imported(path) for part in name.split(".")}
+        assert not [part for part in parts if part.startswith("test_")], path
 
 
 def test_merges_are_finished():
