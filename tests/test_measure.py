@@ -30,8 +30,16 @@ def test_a_transformer_layer_is_counted():
     n, d, h = 5, 8, 16
     expected = n * (3 * d * d + d * d + 2 * d * h) + 2 * n * n * d
     assert macs(layer, torch.randn(1, n, d))[""] == expected
-    assert torch.backends.mha.get_fastpath_enabled()
-    assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # torch's default is back
+
+
+def test_shortcuts_are_as_they_were_after_counting():
+    def shortcuts():
+        units = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        return torch.backends.mha.get_fastpath_enabled(), [unit.fp32_precision for unit in units]
+
+    before = shortcuts()
+    macs(nn.Linear(3, 2), torch.randn(1, 3))
+    assert shortcuts() == before
 
 
 def test_recurrent_layers_are_counted():
