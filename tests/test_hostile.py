@@ -195,17 +195,16 @@ class Own(torch.autograd.Function):
 @pytest.mark.parametrize("kind", RUNNING)
 def test_whatever_is_between_nothing_crashes(kind):
     model = body(between=RUNNING[kind])
-    try:
-        Sparsifier(model, "filter", example_inputs=X).sparsify_model(0.5)
-    except ValueError as error:
-        assert "nothing to sparsify" in str(error)
+    if kind in ("in-place view", "in-place transpose", "integers"):  # not followed, or counted
+        with pytest.raises(ValueError, match="nothing to sparsify"):
+            Sparsifier(model, "filter", example_inputs=X)
+        assert Pruner(model, X).plan_for(0.5).removed == 0
+        return
+    Sparsifier(model, "filter", example_inputs=X).sparsify_model(0.5)
     before = model(X)
-    pruner = Pruner(model, X)
-    if model.a.weight.count_nonzero() < 96:
-        pruner.prune_model()
-        assert torch.allclose(model(X), before, atol=1e-5)
-    model = body(between=RUNNING[kind])
-    Pruner(model, X).plan_for(0.5)
+    Pruner(model, X).prune_model()
+    assert model.a.out_features == 8 and torch.allclose(model(X), before, atol=1e-5)
+    assert Pruner(body(between=RUNNING[kind]), X).plan_for(0.5).removed == 8
 
 
 def test_inputs_without_a_batch():
