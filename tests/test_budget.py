@@ -193,6 +193,11 @@ def test_the_nearest_step(steps, n, due):
     assert queue.nearest(n) == max(due, brute)
 
 
+def near(reached, share, dense):
+    """At most this share, and no more below it than a unit of so small a network costs."""
+    return (share - 0.15) * dense < reached <= share * dense
+
+
 # --- a whole network ---------------------------------------------------------------------------
 
 
@@ -286,7 +291,7 @@ def test_whatever_the_scores_are():
     ):
         model = make(Residual)
         Pruner(model, images()).prune_model(Target(macs=0.5), context="global", criteria=criterion)
-        assert macs(model, images())[""] <= 0.5 * macs(make(Residual), images())[""]
+        assert near(macs(model, images())[""], 0.5, macs(make(Residual), images())[""])
 
 
 # --- constraints -------------------------------------------------------------------------------
@@ -360,7 +365,7 @@ def test_what_fails_in_the_trial_stays_and_others_make_up_for_it(monkeypatch):
     pruner = Pruner(model, images())
     pruner.prune_model(Target(macs=0.7), context="global")
     assert model.c1.out_channels == 16 and model.c2.out_channels < 8
-    assert macs(model, images())[""] <= 0.7 * macs(make(Residual), images())[""]
+    assert near(macs(model, images())[""], 0.7, macs(make(Residual), images())[""])
     assert ["c1", "does not like it"] in pruner.kept()[["layer", "reason"]].to_numpy().tolist()
 
 
@@ -408,7 +413,7 @@ def test_frozen_layers_stay_for_a_budget():
     model = make(Residual)
     model.c1.requires_grad_(False)
     GradualPruner(model, images()).prune_to(Target(parameters=0.7))
-    assert model.c1.out_channels == 16 and count(model) <= 0.7 * count(make(Residual))
+    assert model.c1.out_channels == 16 and near(count(model), 0.7, count(make(Residual)))
     with pytest.raises(UnreachableTarget, match="frozen"):
         GradualPruner(model, images()).check(Target(parameters=1e-3))
 
@@ -420,7 +425,7 @@ def test_gradients_as_importance():
         pruner.prune_model(Target(macs=0.5), criteria=grad_crit)
     model(x).square().sum().backward()
     pruner.prune_model(Target(macs=0.5), context="global", criteria=grad_crit)
-    assert macs(model, x)[""] <= 0.5 * macs(make(Mlp), x)[""]
+    assert near(macs(model, x)[""], 0.5, macs(make(Mlp), x)[""])
 
 
 # --- the value ---------------------------------------------------------------------------------
@@ -497,8 +502,8 @@ def test_a_fit_ends_at_its_budget(kind, context):
     cb = PruneCallback(target, context, schedule=STEPS)
     learn.fit(2, cbs=cb)
     reached = COUNTS[kind](learn.model, data().one_batch()[0])
-    assert reached == cb.budget.measured <= 0.4 * dense and cb.budget.target == target
-    assert reached >= 0.4 * dense - 0.2 * dense  # one unit of so small a network
+    assert reached == cb.budget.measured and near(reached, 0.4, dense)
+    assert cb.budget.target == target
     shares = [share for _, share in cb.history]
     assert len(shares) == 4 and shares[0] < shares[-1] and sorted(shares) == shares
     again = make(Residual)
@@ -515,7 +520,7 @@ def test_a_fit_refuses_what_it_cannot_reach_before_training():
         learn.fit(1, cbs=PruneCallback(Target(macs=1e-3), schedule=STEPS))
     assert same(before, learn.model)
     learn.fit(1, cbs=PruneCallback(Target(macs=0.5), schedule=STEPS))
-    assert macs(learn.model, images())[""] <= 0.5 * macs(make(Residual), images())[""]
+    assert near(macs(learn.model, images())[""], 0.5, macs(make(Residual), images())[""])
 
 
 def test_an_interrupted_cut_leaves_the_network_whole(monkeypatch):
@@ -536,7 +541,7 @@ def test_an_interrupted_cut_leaves_the_network_whole(monkeypatch):
         learn.fit(2, cbs=cb)
     assert count(learn.model) == applied[-1] < count(make(Residual))
     learn.fit(1, cbs=cb)  # and goes on
-    assert count(learn.model) <= 0.4 * count(make(Residual))
+    assert near(count(learn.model), 0.4, count(make(Residual)))
 
 
 def test_a_cut_that_cannot_run_is_found_by_the_trial(monkeypatch):
@@ -545,7 +550,7 @@ def test_a_cut_that_cannot_run_is_found_by_the_trial(monkeypatch):
     monkeypatch.setattr(Budget, "measured", lambda self, remove=None: None)
     model = make(Residual)
     Pruner(model, images()).prune_model(Target(macs=0.5), context="global")
-    assert macs(model, images())[""] <= 0.5 * macs(make(Residual), images())[""]
+    assert near(macs(model, images())[""], 0.5, macs(make(Residual), images())[""])
 
 
 def test_the_least_bytes_that_are_said_can_be_reached():
