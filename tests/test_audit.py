@@ -170,8 +170,8 @@ def test_learners_and_what_wraps_a_model():
     right = (learn.model.eval()(x).argmax(1) == y).double().mean()
     table = audit.table
     assert (table["before"] * table["size"]).sum() / table["size"].sum() == pytest.approx(right)
-    learn.dls.vocab = list("wxyz")
-    assert set(quiet(learn, sparse).table["class"]) <= {0, 1, 2, 3, *"wxyz"}
+    learn.dls.valid.vocab = list("wxyz")
+    assert set(quiet(learn, sparse).table["class"]) == set("wxyz")
 
 
 def test_nothing_is_changed():
@@ -269,11 +269,12 @@ def test_what_is_spare_costs_nothing():
     assert found.targets(0.0)["a"] == 0.75
 
 
-def by_hand(model, layer, coupled, share, batches, func):
+def by_hand(model, layer, coupled, share, batches, func, power=1):
     """The metric with the weakest units of a layer set to zero, wherever they are made."""
     model = copy.deepcopy(model).eval()
     scores = sum(
-        model.get_submodule(n).weight.detach().abs().flatten(1).sum(1).double() for n in coupled
+        model.get_submodule(n).weight.detach().abs().double().pow(power).flatten(1).sum(1)
+        for n in coupled
     )
     out = scores.argsort(stable=True)[: min(round(share * len(scores)), len(scores) - 1)]
     hooks = [
@@ -433,9 +434,14 @@ def test_a_layer_whose_cut_fails_is_listed_apart(monkeypatch):
 
 def test_other_criteria_rank_otherwise_and_excluded_layers_stay():
     model, batches = make(Residual), residual_data()
-    kwargs = {"metric": "loss", "loss_func": F.cross_entropy, "shares": (0.5,)}
+    kwargs = {"metric": "loss", "loss_func": F.cross_entropy, "n_batches": None, "shares": (0.5,)}
     one = sense(model, batches, **kwargs)
     two = sense(model, batches, criteria=squared_final, exclude="c1", **kwargs)
+    for found, power in ((one, 1), (two, 2)):
+        norms, layers = ("bn0", "bn2", "bn3"), ("stem", "c2", "c3")
+        expected = by_hand(model, norms, layers, 0.5, batches, F.cross_entropy, power)
+        assert found.table.loc["stem", 0.5] == pytest.approx(expected, abs=1e-5)
+    assert one.table.loc["stem", 0.5] != two.table.loc["stem", 0.5]
     assert list(two.table.index) == ["stem"] and "excluded" in two.unprunable["reason"].tolist()
     assert isinstance(one.table, pd.DataFrame) and "<table" in one._repr_html_()
 
