@@ -18,6 +18,7 @@ from fastai.text.models.core import get_text_classifier
 from fastai.vision.augment import Resize
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 from PIL import Image
+from scoring import mean_of
 from torch import nn
 
 from fasterai.audit.batch_norms import bn_drift, recalibrate_bn
@@ -74,8 +75,11 @@ def test_images(make, photos):
     dls = make(photos)
     learn = Learner(dls, small(), nn.CrossEntropyLoss(), metrics=accuracy)
     model, loss = learn.model, learn.loss_func
+    plain = [tuple(t.as_subclass(torch.Tensor).cpu() for t in batch) for batch in dls.valid]
+    first, second = (score(model, x, apoz, progress=False) for x in (dls.valid, plain))
+    weight = model[0].weight
+    assert torch.equal(first(weight, "0.weight"), second(weight, "0.weight"))
     for dl in (dls.train, dls.valid):
-        assert {len(x) for x in score(model, dl, apoz, progress=False).data.found["zeros"].values()}
         score(model, dl, [taylor, taylor_maps], loss_func=loss, progress=False)
         recalibrate_bn(model, dl)
         bn_drift(model, dl)
@@ -85,7 +89,7 @@ def test_images(make, photos):
     ]
     assert sensitivity(learn, progress=False).metric == "accuracy"
     found = oracle(model, dls.valid, loss_func=loss, progress=False)
-    assert len(found.table()) == 10
+    assert len(found.table()) == 10 and found.loss == pytest.approx(mean_of(model, plain, loss))
     criteria_report(model, dls.valid, [apoz], loss_func=loss, progress=False)
     pruner = Pruner(model, dls.one_batch()[0])
     few = {"particles": 2, "rounds": 1, "progress": False}
@@ -132,7 +136,10 @@ def test_tables():
     share = np.average(audit.table["before"], weights=audit.table["size"])
     assert share == pytest.approx(found.dense)
     score(learn.model, dls.train, taylor, loss_func=learn.loss_func, progress=False)
-    assert bn_drift(learn.model, dls.train) is not None
+    assert bn_drift(learn.model, dls.valid)["shift"].min() > 0.01
+    recalibrate_bn(learn.model, dls.valid)
+    drift = bn_drift(learn.model, dls.valid)
+    assert drift["shift"].max() < 1e-5 and drift["spread"].max() < 1 + 1e-5
 
 
 def test_whole_numbers_to_come_near_to():
