@@ -320,7 +320,7 @@ def test_a_number_of_units_goes_at_each_step():
     with pytest.warns(UserWarning, match=f"no more than {free} units may go"):
         Pruner(model, images()).plan_for(Units(10**6), context="global")
     GradualPruner(model, images(), "global").prune_to(Units(10**6))
-    assert int(Pruner(model, images()).axes()["free"].sum()) < free
+    assert model.stem.out_channels == model.c1.out_channels == 1
 
 
 def test_units_are_refused_where_they_mean_nothing():
