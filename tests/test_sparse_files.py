@@ -256,7 +256,7 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("fasterai.deploy.sparse_files.os.replace", fails)
+    monkeypatch.setattr("os.replace", fails)
     with pytest.raises(OSError, match="disk full"):
         save_sparse({"a": torch.zeros(2)}, tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == before and len(list(tmp_path.iterdir())) == 1

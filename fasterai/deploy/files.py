@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.names import first_names, modules_by_name, tensors_by_name, unwrapped
+from ..core.writing import replacing
 from ..coupling.norms import remembered
 from ..coupling.surgery import Cut, cut
 from ..prune.fitting import cut_for, fits_in, must_lead_to
@@ -64,12 +65,8 @@ def save_pruned(model: nn.Module, file: _Path, plan: Plan | None = None) -> None
         about["plan"] = plan.to_json()
     tensors = {n: torch.empty(x.shape, dtype=x.dtype).copy_(x) for n, x in tensors.items()}
     about["digest"] = _digest(tensors, about)
-    part = Path(f"{os.fspath(file)}.part")
-    try:
+    with replacing(file) as part:
         save_file(tensors, part, about)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_pruned(model: nn.Module, file: _Path) -> nn.Module:

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from ..core.forms import decode
 from ..core.names import unwrapped
 from ..core.packing import DTYPES, FORMAT, PARTS, PLAIN, WORDS, Entry, packed, words_of
+from ..core.writing import replacing
 
 __all__ = ["SparseFileError", "load_sparse", "save_sparse"]
 
@@ -56,7 +56,8 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], file: _Path) -> None:
         )
     parts, about = packed(state)
     about["digest"] = _digest(parts, about)
-    _write(parts, about, file)
+    with replacing(file) as part:
+        save_file(parts, part, about)
 
 
 def load_sparse(file: _Path, model: nn.Module | None = None) -> Any:
@@ -107,15 +108,6 @@ def _digest(parts: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
         digest.update(rows.sum(0, dtype=np.uint64).tobytes())
         digest.update(data[whole:].tobytes())
     return digest.hexdigest()
-
-
-def _write(parts: dict[str, Tensor], about: dict[str, str], file: _Path) -> None:
-    part = Path(f"{os.fspath(file)}.part")
-    try:
-        save_file(parts, part, about)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from ..core.writing import replacing
 from ..coupling.inputs import Inputs, map_tensors, operands_in, run_quietly
 from ..coupling.units import Axis, Coupling
 from .costs import Width, products, widths_seen
@@ -85,9 +86,8 @@ class LatencyTable:
     def save(self) -> None:
         """Write the file, whole or not at all."""
         if self.file is not None:
-            part = self.file.with_name(f"{self.file.name}.{os.getpid()}.part")
-            part.write_text(json.dumps(self._known))
-            os.replace(part, self.file)
+            with replacing(self.file) as part:
+                part.write_text(json.dumps(self._known))
 
     def _numbers(self, x: Tensor) -> Tensor:
         if x.dtype.is_floating_point:

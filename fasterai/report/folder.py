@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.writing import replacing
+
 __all__ = ["Folder", "file_name", "said"]
 
 _FORMAT = 1
@@ -64,7 +66,8 @@ class Folder:
             self._read(first)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._begin(first)
+            with replacing(self.path / _NAME) as part:
+                part.write_bytes(json.dumps(first).encode() + b"\n")
 
     def file(self, label: str) -> Path | None:
         """Where the network of a target is kept; None where there is no folder."""
@@ -91,15 +94,6 @@ class Folder:
                 os.fsync(opened.fileno())
 
     # --- inside --------------------------------------------------------------------------------
-
-    def _begin(self, first: Mapping[str, Any]) -> None:
-        """Write the first line as a whole or not at all."""
-        part = self.path / f"{_NAME}.part"
-        try:
-            part.write_bytes(json.dumps(first).encode() + b"\n")
-            os.replace(part, self.path / _NAME)
-        finally:
-            part.unlink(missing_ok=True)
 
     def _read(self, expected: Mapping[str, Any]) -> None:
         path = self.path / _NAME

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from ..core.writing import replacing
 from ..deploy.export import writable
 from ..measure.pictures import plot_widths
 from ..measure.profile import compare
@@ -93,16 +94,9 @@ def report(
         *_further(sensitivity, audit, sweep),
         section("Machine and versions", pairs({"written": now, **machine()})),
     ]
-    return _write(file, page(title, [part for part in parts if part]))
-
-
-def _write(file: Path, content: bytes) -> Path:
-    part = file.with_name(f"{file.name}.part")
-    try:
+    content = page(title, [part for part in parts if part])
+    with replacing(file) as part:
         part.write_bytes(content)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
     return file
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.names import tensors_by_name
+from ..core.writing import replacing
 from ..coupling.inputs import tensors_in
 from ..coupling.units import Axis
 from .batches import Batch
@@ -57,7 +58,8 @@ class Journal:
         path = Path(file)
         first = {"fasterai oracle": _FORMAT, **header, "loss": loss}
         if not path.exists() or not path.stat().st_size:
-            _begin(path, first)
+            with replacing(path) as part:
+                part.write_bytes(json.dumps(first).encode() + b"\n")
         self.loss, self.losses, end = _read(path, first)
         self._open = path.open("r+b")
         self._open.truncate(end)
@@ -100,16 +102,6 @@ def digest(named: Iterable[tuple[str, Tensor]]) -> str:
         found.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
         found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
-
-
-def _begin(path: Path, first: dict[str, Any]) -> None:
-    """Write the first line as a whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(json.dumps(first).encode() + b"\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _read(path: Path, expected: dict[str, Any]) -> tuple[float, dict[tuple[int, int], float], int]:

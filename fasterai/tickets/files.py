@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..core.writing import replacing
 from .masks import Masks
 
 __all__ = ["read_ticket", "write_ticket"]
@@ -35,12 +35,8 @@ def write_ticket(masks: Masks, weights: Mapping[str, Tensor], step: int, file: P
     bits = {f"{_MASK}{k}": _bits(mask) for k, mask in masks.items()}
     dense = {f"{_WEIGHT}{k}": w.detach().to("cpu", copy=True) for k, w in weights.items()}
     about = {"fasterai ticket": _FORMAT, "step": str(step), "shapes": json.dumps(masks.shapes)}
-    part = Path(f"{os.fspath(file)}.part")
-    try:
+    with replacing(file) as part:
         save_file({**bits, **{k: w.contiguous() for k, w in dense.items()}}, part, about)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_ticket(file: Path) -> tuple[Masks, dict[str, Tensor], int]:
