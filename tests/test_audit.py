@@ -454,7 +454,7 @@ def test_other_criteria_rank_otherwise_and_excluded_layers_stay():
         ({"shares": (10,)}, ValueError, "for 10% pass 0.1"),
         ({"metric": "f1"}, ValueError, "'accuracy', 'loss' or a function"),
         ({"metric": "loss"}, ValueError, "pass loss_func"),
-        ({"n_batches": 0}, ValueError, "n_batches must be at least 1"),
+        ({"n_batches": 0}, ValueError, "n_batches must be a whole number >= 1"),
         ({"dl": []}, ValueError, "no batch"),
         ({"dl": None}, TypeError, "pass a loader"),
         ({"dl": [(torch.rand(4, 2), torch.rand(4, 2))]}, ValueError, "pass loss_func"),

@@ -456,7 +456,7 @@ def test_cancelled_batches_leave_nothing(error):
 def test_bad_arguments():
     model = make(Residual)
     for kwargs, message in (
-        ({"weight": 1.5}, r"weight must be in \[0, 1\], got 1.5"),
+        ({"weight": 1.5}, r"weight must be a number in \[0, 1\], got 1.5"),
         ({"weight": True}, "weight must be"),
         ({"temperature": 0}, "temperature must be above 0"),
         ({"temperature": math.inf}, "temperature must be above 0 and finite"),

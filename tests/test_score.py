@@ -709,7 +709,7 @@ def test_so_many_batches_are_drawn_and_no_more():
             seen.append(1)
             yield batch
 
-    for n, expected in ((1, 1), (3, 3), (None, 5), (9, 5)):
+    for n, expected in ((1, 1), (np.int64(3), 3), (None, 5), (9, 5)):
         seen.clear()
         scores(net(Plain), mean_activation, loader(), n_batches=n)
         assert len(seen) == expected
@@ -954,8 +954,9 @@ WRONG = [  # what was passed, and what the error says
     (lambda m: scores(m, apoz, []), "the loader gave no batch"),
     (
         lambda m: scores(m, apoz, n_batches=0),
-        "n_batches must be at least 1, or None for all, got 0",
+        "n_batches must be a whole number >= 1, or None for all, got 0",
     ),
+    (lambda m: scores(m, apoz, n_batches=True), "n_batches must be a whole number >= 1"),
     (lambda m: scores(m, apoz, 3), "dl must be a loader or a list of batches, got int"),
     (lambda m: scores(m, apoz, [(torch.zeros(()), 1)]), "examples along their first dimension"),
     (lambda m: scores(m, apoz, [torch.zeros(2, 5)]), "could not be run on the example inputs"),

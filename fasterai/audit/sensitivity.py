@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import number
 from ..core.criteria import Criterion, large_final
 from ..core.masks import as_fraction
 from ..core.names import LayerChoice, plain
@@ -63,8 +65,7 @@ class Sensitivity:
             drop: what is tolerated: a loss of accuracy, 0.02 being two in a hundred, or of
                 whatever the metric is; or a rise of the loss.
         """
-        if not isinstance(drop, int | float) or isinstance(drop, bool) or not drop >= 0:
-            raise ValueError(f"drop must be a number of at least 0, got {drop!r}")
+        number(drop, "drop", most=math.inf)
         found = {}
         for name, costs in self.drop.iterrows():
             borne = [share for share, fine in (costs <= drop).cummin().items() if fine]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
+from .checks import is_number, whole
 from .ranking import Ranking, ScoreRanking, pieces
 from .selection import Cut, cut_lowest, write_kept
 from .target import refuse_target
@@ -34,7 +34,7 @@ _NO_BUDGET = (
 def as_fraction(value: object, name: str = "sparsity") -> float:
     """A fraction in [0, 1], or an error that says what to pass instead."""
     refuse_target(value, _NO_BUDGET)
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"{name} must be a fraction in [0, 1], got {value!r}")
     if 1 < value <= 100:
         raise ValueError(
@@ -66,9 +66,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, least in (("min_keep", 0), ("round_to", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-                raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+            whole(getattr(self, name), name, least)
 
     def most(self, size: int, free: int) -> int:
         """The most that `min_keep` allows to zero of `size` groups, `free` of which may go."""

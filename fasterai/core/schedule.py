@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 from . import curves
+from .checks import is_number, is_whole, whole
 from .former import explain_former
 
 __all__ = [
@@ -69,17 +70,18 @@ class Schedule:
             raise TypeError(f"a schedule's func must be callable, got {self.func!r}")
         _check_moment("start", self.start)
         _check_moment("end", self.end)
-        if not (self.every is None or self.every == "epoch" or _is_count(self.every)):
+        counted = is_whole(self.every) and self.every >= 1
+        if not (counted or self.every is None or self.every == "epoch"):
             raise ValueError(
                 f"every must be a number of steps >= 1, 'epoch' or None, got {self.every!r}"
             )
-        if not (self.n_steps is None or _is_count(self.n_steps)):
-            raise ValueError(f"n_steps must be a whole number >= 1 or None, got {self.n_steps!r}")
+        if self.n_steps is not None:
+            whole(self.n_steps, "n_steps", 1, " or None")
         if self.every is not None and self.n_steps is not None:
             raise ValueError(
                 f"choose every={self.every!r} or n_steps={self.n_steps}, with None for the other"
             )
-        if isinstance(self.to, bool) or not isinstance(self.to, Real) or not 0 <= self.to <= 1:
+        if not is_number(self.to) or not 0 <= self.to <= 1:
             raise ValueError(f"to must be a share of the way in [0, 1], got {self.to!r}")
         if _before(self.end, self.start):
             raise ValueError(f"a schedule must end after it starts, got {self._span}")
@@ -104,8 +106,7 @@ class Schedule:
                 f"schedule {self.name or self.func!r} failed at progress {p:g}: "
                 f"{type(error).__name__}: {error}; it is called with one number in [0, 1]"
             ) from error
-        number = isinstance(share, Real) and not isinstance(share, bool)
-        if not number or not 0.0 <= share <= 1.0:
+        if not is_number(share) or not 0.0 <= share <= 1.0:
             raise ValueError(
                 f"schedule {self.name or self.func!r} must return a share of the way in [0, 1], "
                 f"got {share!r} at progress {p:g}"
@@ -288,17 +289,13 @@ def _plot(schedule: Schedule | Chain, total: int, ax: Any) -> Any:
     return ax
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
-
-
 def _before(a: Moment, b: Moment) -> bool:
     """Whether `a` is before `b` in every fit: both count steps, or both are shares."""
     return isinstance(a, Integral) == isinstance(b, Integral) and a < b
 
 
 def _check_moment(name: str, value: Moment) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"{name} must be a float (share of the fit) or an int (steps): {value!r}")
     if isinstance(value, Integral):
         if value < 0:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from os import PathLike
+
+from .checks import is_number, is_whole, whole
 
 __all__ = ["Target"]
 
@@ -62,11 +63,9 @@ class Target:
                 f"speedup is how many times as fast the network becomes, 1 or more, got "
                 f"{self.value}; for half the time pass speedup=2"
             )
-        for name in ("batch", "threads"):
-            n = getattr(self, name)
-            whole = isinstance(n, Integral) and not isinstance(n, bool) and n >= 1
-            if not whole and not (n is None and name == "threads"):
-                raise ValueError(f"{name} must be a whole number of 1 or more, got {n!r}")
+        whole(self.batch, "batch", 1)
+        if self.threads is not None:
+            whole(self.threads, "threads", 1)
         for name in ("floors", "caps"):
             widths = getattr(self, name)
             if not isinstance(widths, Mapping):
@@ -120,8 +119,7 @@ class Target:
 
 def width_of(value: float, size: int) -> float:
     """A floor or cap in channels: a number up to 1 is a share, but an integer 1 is one channel."""
-    whole = isinstance(value, Integral)
-    return float(value) if whole or value > 1 else value * size
+    return float(value) if is_whole(value) or value > 1 else value * size
 
 
 def refuse_target(value: object, instead: str) -> None:
@@ -136,7 +134,7 @@ def refuse_target(value: object, instead: str) -> None:
 
 
 def _check(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if not is_number(value) or not math.isfinite(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if value <= 0:
         raise ValueError(

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..core.checks import is_whole
 from ..core.names import must_be_module
 
 __all__ = [
@@ -120,7 +120,7 @@ class Inputs:
         Raises:
             ValueError: they have no batch dimension in common, or no samples are asked for.
         """
-        if isinstance(samples, bool) or not isinstance(samples, Integral) or samples < 1:
+        if not is_whole(samples) or samples < 1:
             raise ValueError(f"a batch has one sample or more, got {samples!r}")
         if self.samples is None:
             raise ValueError(

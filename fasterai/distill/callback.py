@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from fastai.learner import Learner
 from torch import Tensor, nn
 
+from ..core.checks import is_number, number
 from ..core.copies import copied
 from ..core.names import unwrapped
 from ..fit.callback import FitCallback
@@ -67,16 +67,16 @@ class DistillCallback(FitCallback):
         self.teacher = teacher.model if isinstance(teacher, Learner) else teacher
         if self.teacher is not None and not isinstance(self.teacher, nn.Module):
             raise TypeError(f"teacher must be a network, a Learner or None, got {teacher!r}")
-        self.weight = _number("weight", weight, 1.0)
-        self.temperature = _number("temperature", temperature)
-        if not 0 < self.temperature < math.inf:
+        self.weight = number(weight, "weight", most=1.0)
+        if not is_number(temperature) or not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
+        self.temperature = float(temperature)
         if match not in ("attention", "values"):
             raise ValueError(f"match must be 'attention' or 'values', got {match!r}")
         if isinstance(features, str):
             features = [features]
         pairs = features if isinstance(features, Mapping) else {name: name for name in features}
-        self.features, self.feature_weight = dict(pairs), _number("feature_weight", feature_weight)
+        self.features, self.feature_weight = dict(pairs), number(feature_weight, "feature_weight")
         self.match, self.kept, self.channels, self.distance = match, kept, channels, loss
         self._copy: nn.Module | None = None
         self._missing = False  # given a teacher once, loaded without
@@ -218,10 +218,3 @@ def _positions(kept: Any, layer: str, teacher: nn.Module) -> Sequence[int] | Non
         if found is not None:
             return found
     return None
-
-
-def _number(name: str, value: Any, most: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most:
-        allowed = "a number >= 0" if most == math.inf else f"in [0, {most:g}]"
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return float(value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
+from ..core.checks import is_whole
 from ..core.masks import as_fraction
 from ..core.names import by_layer, layers_of, plain, unknown_name
 from ..core.target import Target
@@ -31,7 +31,7 @@ class Units:
     n: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.n, bool) or not isinstance(self.n, Integral) or self.n < 0:
+        if not is_whole(self.n) or self.n < 0:
             raise ValueError(f"Units counts whole units, as in Units(512), got {self.n!r}")
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from ..core.checks import is_number, whole
 from ..core.criteria import Criterion, as_criterion
 from ..core.masks import Limits, as_context, as_fraction
 from ..core.names import unwrapped
@@ -112,8 +112,8 @@ def particle_search(
             f"particle_search takes a Pruner, as in particle_search(Pruner(model, x), ...), got "
             f"{type(pruner).__name__}"
         )
-    _must_be(particles=(particles, 2), rounds=(rounds, 1))
-    if not 0 < noise <= 1:
+    particles, rounds = whole(particles, "particles", 2), whole(rounds, "rounds", 1)
+    if not is_number(noise) or not 0 < noise <= 1:
         raise ValueError(f"noise must be in (0, 1], got {noise!r}")
     swarm = _Swarm(pruner, as_fraction(sparsity), as_context(context), Limits(min_keep, round_to))
     batches = in_memory(dl, unwrapped(pruner.model), n_batches)
@@ -249,12 +249,6 @@ def _drawn(losses: Tensor, generator: torch.Generator) -> Tensor:
     offset = torch.rand((), generator=generator, dtype=losses.dtype)
     points = (torch.arange(len(losses)) + offset) / len(losses)
     return torch.searchsorted(edges, points).clamp(max=len(losses) - 1)
-
-
-def _must_be(**numbers: tuple[object, int]) -> None:
-    for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
 def _as_measured(weight: Tensor, found: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from numbers import Real
 from typing import Any
 
 from fastai.callback.fp16 import NonNativeMixedPrecision
 
+from ..core.checks import number
 from ..core.criteria import large_final
 from ..core.granularity import Granularity
 from ..core.names import LayerChoice, as_choices
@@ -65,9 +64,7 @@ class RegularizeCallback(ScheduledCallback):
         whole_heads: bool = False,
     ) -> None:
         super().__init__(large_final, schedule, hold_trackers=False)
-        number = isinstance(strength, Real) and not isinstance(strength, bool)
-        if not number or not 0 <= strength < math.inf:
-            raise ValueError(f"strength must be a number >= 0, such as 1e-4, got {strength!r}")
+        self.strength = number(strength, "strength", hint=", such as 1e-4")
         if penalty not in _PENALTIES:
             raise ValueError(f"penalty must be 'group_lasso' or 'slimming', got {penalty!r}")
         self.granularity = Granularity(granularity).name
@@ -75,7 +72,7 @@ class RegularizeCallback(ScheduledCallback):
             raise ValueError(
                 f"'slimming' penalises scales of channels, not granularity {granularity!r}"
             )
-        self.strength, self.penalty = float(strength), penalty
+        self.penalty = penalty
         self.layers = None if layers is None else as_choices(layers)
         self.exclude, self.example_inputs = as_choices(exclude), example_inputs
         self.mixed, self.whole_heads = mixed, whole_heads

@@ -8,10 +8,11 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from html import escape
-from numbers import Integral, Real
 from typing import Any
 
 import pandas as pd
+
+from ..core.checks import is_number, is_whole
 
 __all__ = ["heading", "page", "pairs", "paragraph", "picture", "section", "table"]
 
@@ -133,7 +134,7 @@ def _cell(value: Any, number: bool = False) -> str:
 def _text(value: Any) -> str:
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return "\u2013"
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         return str(value)
-    whole = isinstance(value, Integral) or 1e4 <= abs(value) < 1e15
+    whole = is_whole(value) or 1e4 <= abs(value) < 1e15
     return f"{value:,.0f}" if whole else f"{float(value):.4g}"

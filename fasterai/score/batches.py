@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..core.checks import whole
 from ..coupling.inputs import Inputs, random_state_kept
 
 __all__ = ["Batch", "as_batch", "drawn", "first_batches", "in_memory", "n_inputs"]
@@ -122,8 +123,8 @@ def first_batches(dl: Iterable[Any], n_batches: int | None) -> tuple[Iterator[An
         raise TypeError("one loader is needed: pass dls.train or dls.valid, not both in dls")
     if not isinstance(dl, Iterable):
         raise TypeError(f"dl must be a loader or a list of batches, got {type(dl).__name__}")
-    if n_batches is not None and (not isinstance(n_batches, int) or n_batches < 1):
-        raise ValueError(f"n_batches must be at least 1, or None for all, got {n_batches!r}")
+    if n_batches is not None:
+        n_batches = whole(n_batches, "n_batches", 1, ", or None for all")
     known = len(dl) if isinstance(dl, Sized) else None
     counts = [n for n in (n_batches, known) if n is not None]
     lazily = (batch for one in (dl,) for batch in islice(one, n_batches))  # torch draws in iter()

@@ -11,13 +11,13 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import is_whole
 from ..core.criteria import Criterion
 from ..core.gathered import Gathered
 from ..core.names import pick, plain, unknown_name, unwrapped
@@ -174,7 +174,7 @@ def _of_axis(axis: Axis, name: str, units: Iterable[int] | None) -> Iterator[int
         yield from axis.free.tolist()
         return
     for unit in units:
-        if not isinstance(unit, Integral) or not 0 <= unit < axis.size:
+        if not is_whole(unit) or not 0 <= unit < axis.size:
             raise ValueError(f"units: {name!r} has the units 0 to {axis.size - 1}, got {unit!r}")
         if axis.pins[unit] is not None:
             raise ValueError(f"units: unit {unit} of {name!r} cannot go: {axis.pins[unit]}")

@@ -8,13 +8,12 @@ of the learning rate, and repeat.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.checks import number
 from ..core.granularity import Granularity
 from ..core.names import LayerChoice, plain, unknown_name, unwrapped
 from .choose import choose
@@ -57,7 +56,11 @@ def threshold_sparsity(
     for name, value in by_layer.items():
         if name not in weights:
             raise ValueError(unknown_name(name, weights, "quality"))
-        _check(value, f"quality of {name!r}" if isinstance(quality, Mapping) else "quality")
+        number(
+            value,
+            f"quality of {name!r}" if isinstance(quality, Mapping) else "quality",
+            hint=", the threshold in standard deviations",
+        )
     return {name: _share_below(weights[name], value) for name, value in by_layer.items()}
 
 
@@ -67,11 +70,3 @@ def _share_below(weight: Tensor, quality: float) -> float:
         return 0.0  # fresh
     kept = (weight.abs() >= quality * weight.std(correction=0)) & (weight != 0)
     return (weight.numel() - int(kept.count_nonzero())) / weight.numel()
-
-
-def _check(quality: object, name: str) -> None:
-    number = isinstance(quality, Real) and not isinstance(quality, bool)
-    if not number or not 0 <= quality < math.inf:
-        raise ValueError(
-            f"{name} must be a number >= 0, the threshold in standard deviations, got {quality!r}"
-        )

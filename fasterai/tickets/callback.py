@@ -6,7 +6,7 @@ The sources are in `ticket`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import pandas as pd
@@ -15,6 +15,7 @@ from fastai.learner import Learner
 from fastcore.basics import listify
 from torch import Tensor, nn
 
+from ..core.checks import is_number, whole
 from ..core.copies import copied
 from ..core.criteria import Criterion, as_criterion, large_final, random_scores
 from ..core.masks import as_fraction
@@ -87,8 +88,7 @@ class LotteryTicket:
             raise TypeError(f"LotteryTicket takes a fastai Learner, got {type(learn).__name__}")
         if not isinstance(sparsity, Mapping):
             as_fraction(sparsity)
-        if isinstance(rounds, bool) or not isinstance(rounds, Integral) or rounds < 1:
-            raise ValueError(f"rounds must be a whole number >= 1, got {rounds!r}")
+        whole(rounds, "rounds", 1)
         _check_rewind(rewind)
         if "gradient" in as_criterion(criteria).needs:
             raise ValueError("after a fit there are no gradients: take criteria that read weights")
@@ -285,7 +285,7 @@ class _StartAt(FitCallback):
 
 
 def _check_rewind(rewind: Any) -> None:
-    if isinstance(rewind, bool) or not isinstance(rewind, Real) or rewind < 0:
+    if not is_number(rewind) or not rewind >= 0:
         raise ValueError(f"rewind must be a number of steps or a share of the fit, got {rewind!r}")
     if not isinstance(rewind, Integral) and rewind >= 1:
         raise ValueError(
