@@ -377,7 +377,7 @@ def test_networks_without_numbers_are_refused():
 
 
 def test_layers_of_what_is_no_network():
-    with pytest.raises(TypeError, match="torch module, got str"):
+    with pytest.raises(TypeError, match="torch.nn.Module, got str"):
         compare_layers(make(Plain), "pruned", images())
     with pytest.raises(ValueError, match="could not be run"):
         profile_layers(make(Plain), torch.randn(2, 7))

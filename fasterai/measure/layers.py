@@ -29,7 +29,7 @@ def profile_layers(
     Returns:
         `layer`, `type`, `parameters`, `nonzero`, `macs`, `nonzero_macs` (for one sample), `ms`.
     """
-    model = _network(model)
+    model = unwrapped(model)
     inputs = _inputs([model], example_inputs)
     times = _times([model], inputs, threads, seconds)[0]
     return _table(model, counts(model, inputs), times).reset_index()
@@ -64,7 +64,7 @@ def compare_layers(
         `layer`, `type`, and `_before` and `_after` each: `params`, `nonzero`, `macs`,
         `nonzero_macs` (for one sample), `ms`. `<NA>` where a network has no such layer.
     """
-    models = [_network(before), _network(after)]
+    models = [unwrapped(before), unwrapped(after)]
     inputs = _inputs(models, example_inputs)
     times = _times(models, inputs, threads, seconds)
     tables = [
@@ -113,12 +113,6 @@ def _widths(module: nn.Module) -> tuple[Any, Any]:
 
 
 # --- inside --------------------------------------------------------------------------------------
-
-
-def _network(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"layers are those of a torch module, got {type(model).__name__}")
-    return unwrapped(model)
 
 
 def _inputs(models: Sequence[nn.Module], example_inputs: Any) -> Inputs:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core.checks import is_whole
 from ..core.criteria import Criterion
 from ..core.gathered import Gathered
-from ..core.names import pick, plain, unknown_name, unwrapped
+from ..core.names import plain, unknown_name, unwrapped
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
 from ..coupling.surgery import shadowed
@@ -100,7 +100,6 @@ def oracle(
         ValueError: unknown layers or units, pinned units, an empty loader, a loss that is no
             number, or a file of another network, other units, data or another loss.
     """
-    pick(model, (), "model")
     network = unwrapped(model)
     batches = in_memory(dl, network, n_batches)
     inputs = Inputs.fitting(network, batches[0].inputs.kwargs or batches[0].inputs.args)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion, as_criterion
 from ..core.gathered import GATHERED
-from ..core.names import pick, plain, unwrapped
+from ..core.names import plain, unwrapped
 from ..coupling.ranking import unit_scores
 from .oracle import Oracle, oracle
 from .score import score
@@ -62,7 +62,6 @@ def criteria_report(
         ValueError: a criterion that has scores for no layer, or a network that was cut since it
             was measured.
     """
-    pick(model, (), "model")
     network = unwrapped(model)
     asked = _named(criteria)
     options = {"loss_func": loss_func, "n_batches": n_batches, "progress": progress}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion
 from ..core.gathered import GATHERED
-from ..core.names import pick, unwrapped
+from ..core.names import unwrapped
 from .batches import as_batch, drawn, first_batches, n_inputs
 from .gatherer import Gatherer
 
@@ -59,7 +59,7 @@ def score(
         ValueError: a criterion that needs no data, an empty loader, no loss where one is needed,
             or a batch that the model cannot run on.
     """
-    pick(model, (), "model")  # says what to pass instead of a Learner
+    network = unwrapped(model)
     several = isinstance(criteria, Sequence)
     asked = list(criteria) if several else [criteria]
     needs = _needs(asked)
@@ -68,7 +68,6 @@ def score(
         from fastprogress.fastprogress import progress_bar  # takes a second to import
 
         batches = progress_bar(batches, total=total, leave=False)
-    network = unwrapped(model)
     with drawn(dl, network):
         gatherer = _gather(network, batches, needs, n_inputs(dl), loss_func, training)
     data = gatherer.gathered()

@@ -108,9 +108,6 @@ def parameters_like(
     Raises:
         ValueError: a model that lacks some, or where they have other shapes.
     """
-    if not isinstance(model, nn.Module):
-        fix = "; pass learn.model" if isinstance(getattr(model, "model", None), nn.Module) else ""
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{fix}")
     named = unwrapped(model).named_parameters(remove_duplicate=False)
     found = {plain(name): p for name, p in named}
     here = {name: tuple(p.shape) for name, p in found.items() if name in shapes}

@@ -63,8 +63,6 @@ class Masks(Mapping[str, Tensor]):
         Those are fresh (a bias that starts at zero), not pruned. Right behind a `Sparsifier`,
         `Masks(sparsifier.masks)` also tells zeros apart that nobody made.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"masks are read from a model, got {type(model).__name__}")
         named = unwrapped(model).named_parameters()
         return cls({name: (p != 0) | ~p.any() for name, p in named})
 
