@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from ..core.checks import number
 from ..core.criteria import Criterion, large_final
 from ..core.masks import as_fraction
 from ..core.names import LayerChoice, plain
+from ..core.progress import with_bar
 from ..coupling.inputs import run_quietly
 from ..coupling.surgery import Cut, shadowed
 from ..coupling.units import Axis
@@ -128,13 +129,13 @@ def sensitivity(
     dl = loader_of(dl, subject)
     batches = in_memory(dl, network, n_batches)
     inputs = batches[0].inputs
-    pruner = Pruner(network, inputs.kwargs or inputs.args, exclude=exclude, whole_heads=whole_heads)
+    pruner = Pruner(network, inputs.given, exclude=exclude, whole_heads=whole_heads)
     measure = _measure(network, batches, metric, loss_func or getattr(subject, "loss_func", None))
     axes = pruner.coupled()[1]
     groups = _groups(axes)
     left = [(a.name, a.size, _reason(a)) for a in axes if not a.bundles]
     dense, rows = measure(), {name: dict[float, float]() for name in groups}
-    for name, share in _shown(groups, shares, progress):
+    for name, share in with_bar([(n, s) for n in groups for s in shares], progress):
         if name not in rows:
             continue
         plan = pruner.plan_for({plain(name): share}, criteria=criteria, verify=False)
@@ -182,17 +183,6 @@ def _asks_for(group: Sequence[Axis], share: float) -> bool:
     """Whether this share is a unit or more, of which one has to stay."""
     bundles = [(round(share * axis.bundles), axis.size // axis.blocks) for axis in group]
     return any(n and size > 1 for n, size in bundles)
-
-
-def _shown(
-    groups: Mapping[str, list[Axis]], shares: Sequence[float], progress: bool
-) -> Iterator[tuple[str, float]]:
-    pairs = [(name, share) for name in groups for share in shares]
-    if not progress:
-        return iter(pairs)
-    from fastprogress.fastprogress import progress_bar  # takes a second to import
-
-    return iter(progress_bar(pairs, leave=False))
 
 
 # --- measuring -----------------------------------------------------------------------------------

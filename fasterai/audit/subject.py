@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..core.names import unwrapped
+from ..core.progress import with_bar
 from ..score.batches import Batch, as_batch, drawn, first_batches, n_inputs
 
 __all__ = ["batches_of", "loader_of", "network_of"]
@@ -56,14 +57,10 @@ def batches_of(
         ValueError: there are none.
     """
     batches, total = first_batches(dl, n_batches)
-    if progress:
-        from fastprogress.fastprogress import progress_bar  # takes a second to import
-
-        batches = progress_bar(batches, total=total, leave=False)
     batch = None
     with drawn(dl, network):
         n_inp = n_inputs(dl)
-        for each in batches:
+        for each in with_bar(batches, progress, total):
             batch = as_batch(each, network, n_inp)
             yield batch
     if batch is None:

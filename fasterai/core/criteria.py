@@ -163,8 +163,7 @@ class Criterion:
             )
         if scores.is_complex():
             raise ValueError(f"{self._who} must return real scores, got {scores.dtype} for {name}")
-        if scores.dtype not in (torch.float32, torch.float64):
-            scores = scores.float()
+        scores = wide(scores)
         if scores.sum().isnan() and scores.isnan().any():  # the sum takes no memory
             raise ValueError(
                 f"{self._who} gave nan for {name}: its weights{self._or_records} hold nan, or the "
@@ -265,13 +264,13 @@ def as_criterion(criteria: Criterion | Callable[[Tensor], Tensor]) -> Criterion:
     return Criterion(criteria, getattr(criteria, "__name__", ""))
 
 
-def _wide(weight: Tensor) -> Tensor:
+def wide(weight: Tensor) -> Tensor:
     """In at least float32, where squares and small differences do not vanish."""
     return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
 
 
 def _square(weight: Tensor) -> Tensor:
-    return _wide(weight).square()
+    return wide(weight).square()
 
 
 def _minus_abs(weight: Tensor) -> Tensor:
@@ -299,28 +298,28 @@ def _minus_larger_of_both(weight: Tensor, before: Tensor) -> Tensor:
 
 
 def _growth(weight: Tensor, before: Tensor) -> Tensor:
-    return _wide(weight).abs() - _wide(before).abs()
+    return wide(weight).abs() - wide(before).abs()
 
 
 def _way(weight: Tensor, before: Tensor) -> Tensor:
-    return (_wide(weight) - _wide(before)).abs_()
+    return (wide(weight) - wide(before)).abs_()
 
 
 def _weight_by_way(weight: Tensor, before: Tensor) -> Tensor:
-    return (_wide(weight) - _wide(before)).mul_(weight).abs_()
+    return (wide(weight) - wide(before)).mul_(weight).abs_()
 
 
 def _taylor(weight: Tensor, gradient: Tensor) -> Tensor:
-    return (_wide(weight) * _wide(gradient)).square_()
+    return (wide(weight) * wide(gradient)).square_()
 
 
 def _sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:
-    return (_wide(weight) * _wide(gradient)).abs_()
+    return (wide(weight) * wide(gradient)).abs_()
 
 
 def _distances(filters: Tensor) -> Tensor:
     """(filters,) the sum of the L2 distances of each to all."""
-    filters = _wide(filters)
+    filters = wide(filters)
     filters = filters - filters.mean(0)  # their distances stay, and round less
     return torch.cdist(filters, filters).sum(1)
 

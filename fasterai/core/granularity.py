@@ -281,7 +281,7 @@ def _elements(values: Tensor, group: Sequence[int]) -> Tensor:
     for d, (n, g) in enumerate(zip(values.shape, group, strict=True)):
         lengths = torch.full((-(-n // g),), g)
         lengths[-1] = n - g * (len(lengths) - 1)
-        found = found * lengths.to(found).view([-1 if k == d else 1 for k in range(values.ndim)])
+        found = found * along(lengths.to(found), d, values.ndim)
     return found
 
 

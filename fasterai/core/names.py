@@ -19,6 +19,7 @@ __all__ = [
     "must_be_module",
     "pick",
     "plain",
+    "raw_tensors",
     "tensors_by_name",
     "unknown_name",
     "unwrapped",
@@ -89,6 +90,11 @@ def tensors_by_name(network: nn.Module) -> dict[str, Tensor]:
     parameters = network.named_parameters(remove_duplicate=False)
     buffers = network.named_buffers(remove_duplicate=False)
     return {plain(name): tensor for name, tensor in [*parameters, *buffers]}
+
+
+def raw_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by torch's own names, each once."""
+    return dict([*network.named_parameters(), *network.named_buffers()])
 
 
 def modules_by_name(network: nn.Module) -> dict[str, nn.Module]:

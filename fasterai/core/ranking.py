@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .criteria import Criterion
+from .criteria import Criterion, wide
 
 __all__ = ["ElementRanking", "Ranking", "ScoreRanking", "pieces"]
 
@@ -73,8 +73,7 @@ class ScoreRanking(Ranking):
 
     def prepare(self) -> None:
         if self._made is None and self._kept is None:
-            made = self._make().detach()
-            self._made = made if made.dtype == torch.float64 else made.float()
+            self._made = wide(self._make().detach())
             self.dtype = self._made.dtype
 
     def scores(self) -> Iterator[Tensor]:

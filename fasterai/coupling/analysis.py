@@ -14,6 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
+from ..core.names import first_names, raw_tensors
 from .inputs import Inputs
 from .labels import CONSUME, FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Dim, Factor, Run, dims_of
 from .run import run_labels
@@ -214,7 +215,7 @@ def _unread_vectors(
 
     They follow these, so that the layer stays one.
     """
-    names = {id(x): name for name, x in [*model.named_parameters(), *model.named_buffers()]}
+    names = first_names(raw_tensors(model))
     found = []
     for module in model.modules():
         if not isinstance(module, _WITH_ROWS):

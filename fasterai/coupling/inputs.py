@@ -208,6 +208,11 @@ class Inputs:
         """All tensors among the inputs."""
         return tensors_in((self.args, self.kwargs))
 
+    @property
+    def given(self) -> Any:
+        """As `of` takes them: a dict of keyword inputs, or a tuple."""
+        return self.kwargs or self.args
+
     def check(self, model: nn.Module) -> None:
         """Refuse models that cannot be traced, and inputs on another device than the model."""
         must_be_module(model)

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.names import raw_tensors
+
 __all__ = [
     "AVERAGED",
     "FIXED",
@@ -144,10 +146,9 @@ class Run:
 
 def dims_of(model: nn.Module) -> dict[Dim, Tensor]:
     """All dimensions of more than one position of the floating parameters and buffers."""
-    named = [*model.named_parameters(), *model.named_buffers()]
     return {
         Dim(name, d): tensor
-        for name, tensor in named
+        for name, tensor in raw_tensors(model).items()
         if tensor.is_floating_point()
         for d, size in enumerate(tensor.shape)
         if size > 1

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.granularity import along
 from .inputs import operands_in
 from .labels import CONSUME, FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Dim, Field
 from .tracer import Tracer
@@ -234,7 +235,7 @@ def _convolve(
         _meet(t, x, read, weight, of_in, padded=padded, biased=bias is not None)
     else:
         made = _grouped(t, x, read, weight, groups, transposed)
-    labels = made and Field(_along(made.labels.reshape(-1), 1, out.ndim))
+    labels = made and Field(along(made.labels.reshape(-1), 1, out.ndim))
     t.attach(out, [labels])
     if bias is not None:
         _affine(t, bias, labels, 1, SHIFT, "a bias of fixed size")
@@ -304,19 +305,13 @@ def _shared(t: Tracer, weight: Tensor) -> Field | None:
     return next((f for f in t.of(weight) if f.source and f.source.dim == 1 and not f.dims), None)
 
 
-def _along(labels: Tensor, dim: int, ndim: int) -> Tensor:
-    shape = [1] * ndim
-    shape[dim] = -1
-    return labels.view(shape)
-
-
 def embedding(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """A table: its rows stay, its columns are the channels of the result."""
     table, result = args[0], out if isinstance(out, Tensor) else out[0]
     columns = t.along(table, 1)
     t.pin([t.along(table, 0)], "rows of an embedding")
     t.produce(result, table, columns)
-    t.attach(result, [columns and Field(_along(columns.labels.reshape(-1), -1, result.ndim))])
+    t.attach(result, [columns and Field(along(columns.labels.reshape(-1), -1, result.ndim))])
 
 
 # --- norms -------------------------------------------------------------------------------------
@@ -349,7 +344,7 @@ def _affine(t: Tracer, p: Any, f: Field | None, dim: int, role: str, reason: str
     known = t.along(p, 0)
     t.mark(known, role)
     if known is not None and f is not None:
-        labels = _along(known.labels.reshape(-1), dim, f.labels.ndim)
+        labels = along(known.labels.reshape(-1), dim, f.labels.ndim)
         t.join(f.labels, labels)
     elif p not in t.uniform:
         t.pin([f, known], reason)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.granularity import along
+from ..core.names import raw_tensors
 from .inputs import Inputs
 from .labels import CONSUME, PRODUCE, SHIFT, Dim, Factor
 from .mending import mends
@@ -95,14 +97,14 @@ def _steps(
     if not scales and not added:
         return {}
     cuts = positions_by_name(kept)
-    ndims = {name: x.ndim for name, x in [*model.named_parameters(), *model.named_buffers()]}
+    ndims = {name: x.ndim for name, x in raw_tensors(model).items()}
     steps: dict[str, list[Step]] = {}
     for name, value in added.items():
         steps.setdefault(name, []).append(Step(selected(value, cuts.get(name, {})), False))
     for dim, scale in scales.items():
         left = scale[kept[dim]] if dim in kept else scale
-        shape = [-1, *[1] * (ndims[dim.parameter] - dim.dim - 1)]
-        steps.setdefault(dim.parameter, []).append(Step(left.view(shape), True))
+        factor = along(left, 0, ndims[dim.parameter] - dim.dim)
+        steps.setdefault(dim.parameter, []).append(Step(factor, True))
     return steps
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ..core.names import raw_tensors
 from .labels import Dim
 from .mending import Mend, agrees, layer_integers
 
@@ -70,7 +71,7 @@ def cut(
         ValueError: the tensors of a layer would no longer fit together, as they did before; the
             model is as it was.
     """
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    tensors = raw_tensors(model)
     kept, scratch = positions_by_name(plan.kept), {}
     left = dict(data)
     for name in dict.fromkeys((*kept, *plan.steps)):
@@ -107,7 +108,7 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
         plan: what stays.
         shapes: the other tensors have no numbers.
     """
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    tensors = raw_tensors(model)
     shadows: dict[int, Tensor] = {}
     kept, scratch = positions_by_name(plan.kept), {}
     for name in dict.fromkeys((*kept, *plan.steps)):

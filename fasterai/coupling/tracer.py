@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..core.granularity import along
+from ..core.names import raw_tensors
 from .labels import FOLLOW, PRODUCE, Arrival, Dim, Factor, Field, Run
 
 __all__ = ["Beside", "Engine", "Tracer"]
@@ -79,9 +81,8 @@ class Tracer(TorchDispatchMode):
         self.said = Run()
         self.watch, self.origins = watch, origins
         self.count = 0
-        tensors = dict(model.named_parameters())
-        self.parameters = set(tensors)
-        tensors.update(model.named_buffers())
+        tensors = raw_tensors(model)
+        self.parameters = {name for name, _ in model.named_parameters()}
         self.fields = beside()
         known = [k for k in labels.values() if len(k)]
         largest = int(torch.cat(known).max()) if known else 0
@@ -100,9 +101,8 @@ class Tracer(TorchDispatchMode):
             tensor = tensors[dim.parameter]
             if len(known) == 1 and tensor.ndim < 3:
                 continue  # cut to a single position, it broadcasts; of convs, see `_shared`
-            shape = [1] * tensor.ndim
-            shape[dim.dim] = -1
-            self.fields[tensor] = (*self.fields.get(tensor, ()), Field(known.view(shape), dim))
+            field = Field(along(known, dim.dim, tensor.ndim), dim)
+            self.fields[tensor] = (*self.fields.get(tensor, ()), field)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..core.granularity import along
+
 __all__ = ["CompactLayer"]
 
 
@@ -115,4 +117,4 @@ def _smaller(layer: nn.Module, rows: Tensor, columns: Tensor) -> nn.Module:
 def _bias(layer: nn.Module) -> Tensor:
     """The bias of each output, as outputs have dimensions behind the channels."""
     bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
-    return bias.detach().clone().view(-1, *[1] * (layer.weight.ndim - 2))
+    return along(bias.detach().clone(), 0, layer.weight.ndim - 1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..core.names import first_names, modules_by_name, tensors_by_name, unwrapped
+from ..core.names import first_names, modules_by_name, raw_tensors, tensors_by_name, unwrapped
 from ..core.writing import replacing
 from ..coupling.norms import remembered
 from ..coupling.surgery import Cut, cut
@@ -91,7 +91,7 @@ def load_pruned(model: nn.Module, file: _Path) -> nn.Module:
     try:
         targets = _targets(network, content)
         how = _shrinking(network, content, targets)
-        raw = first_names(dict([*network.named_parameters(), *network.named_buffers()]))
+        raw = first_names(raw_tensors(network))
         data = {raw[id(x)]: _placed(content, name, like=x) for name, x in targets.items()}
         cut(network, how, data)
     except ValueError as error:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.copies import copied
+from ..core.granularity import along
 from ..core.names import unwrapped
 from ..coupling.inputs import Inputs
 from ..coupling.probe import settle
@@ -122,7 +123,7 @@ def _take_in(layer: nn.Module, target: _Target, scale: Tensor, shift: Tensor) ->
     rows = weight.detach().cpu().double()
     if target.dim:  # (in, out / groups, ...)
         rows = rows.unflatten(0, (target.groups, -1)).transpose(1, 2).flatten(0, 1)
-    rows = rows * scale.view(-1, *[1] * (rows.ndim - 1))
+    rows = rows * along(scale, 0, rows.ndim)
     if target.dim:
         rows = rows.unflatten(0, (target.groups, -1)).transpose(1, 2).flatten(0, 1)
     if bias is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..core.granularity import along
 from ..coupling.inputs import Inputs, operands_in, plainly, run_quietly, tensors_in
 from ..coupling.moving import movement
 from ..coupling.rules import RULES
@@ -198,7 +199,7 @@ class _Watcher(TorchDispatchMode):
         layer = Layer(weight if own else None, bias, dim, groups)
         self.seen.layers.append(layer)
         channels = torch.arange(out.shape[1], device=out.device)
-        self.results[out] = _Result(layer, channels.view(-1, *[1] * (out.ndim - 2)))
+        self.results[out] = _Result(layer, along(channels, 0, out.ndim - 1))
         return [weight] if bias is None else [weight, bias]
 
     @contextmanager
@@ -251,14 +252,14 @@ def _aligned(x: Tensor, result: _Result) -> bool:
     """Whether dimension 1 of a tensor runs along the channels of the layer that made it."""
     if x.ndim < 2:
         return False
-    along = torch.arange(x.shape[1], device=x.device).view(-1, *[1] * (x.ndim - 2))
-    return bool((result.channels == along).all())
+    channels = torch.arange(x.shape[1], device=x.device)
+    return bool((result.channels == along(channels, 0, x.ndim - 1)).all())
 
 
 def _only_scales(norm: nn.Module, x: Tensor, out: Any) -> bool:
     """Whether a norm computed what its scale and shift say, and then its submodules."""
     try:
-        scale, shift = (v.to(x).view(-1, *[1] * (x.ndim - 2)) for v in affine(norm))
+        scale, shift = (along(v.to(x), 0, x.ndim - 1) for v in affine(norm))
         expected = beyond(norm)(x * scale + shift)
         return differences([[out]], [[expected]]).small
     except Exception:  # whatever a norm of another kind lacks

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..core.criteria import Criterion
 from ..core.masks import Limits
-from ..core.names import pick
+from ..core.names import pick, raw_tensors
 from ..core.target import Target, width_of
 from ..coupling.inputs import Inputs
 from ..coupling.labels import PRODUCE
@@ -212,8 +212,7 @@ class Budget:
             tensors = dict(self.model.named_parameters())
             return Costs(parameters_of_widths(tensors, self.axes, lambda x: 1), count)
         saved = {id(x) for x in self.model.state_dict(keep_vars=True).values()}
-        named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        tensors = {name: x for name, x in named if id(x) in saved}
+        tensors = {name: x for name, x in raw_tensors(self.model).items() if id(x) in saved}
         terms = parameters_of_widths(tensors, self.axes, lambda x: x.element_size())
         content = sum(x.numel() * x.element_size() for x in tensors.values())
         return Costs(terms, count, fixed=self._measure() - content)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.granularity import along
+from ..core.names import raw_tensors
 from ..coupling.labels import Arrival, Dim, Run
 from ..coupling.units import Axis
 
@@ -50,7 +52,7 @@ class Constants:
     """
 
     def __init__(self, model: nn.Module, runs: Sequence[Run]) -> None:
-        self._tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        self._tensors = raw_tensors(model)
         runs = [r for r in runs if _form(r) == _form(runs[0])]
         count: dict[Dim | None, int] = {}
         for x in runs[0].arrivals:
@@ -130,8 +132,8 @@ class Constants:
                 more = torch.zeros_like(columns)
                 for c in r.labels[at].unique().tolist():
                     mine, its = r.labels == c, r.labels == self._keeper[c]
-                    shape = (-1, *[1] * (columns.ndim - 1))
-                    more[its] += columns[mine] * (r.value[mine] / r.value[its]).view(shape)
+                    ratio = along(r.value[mine] / r.value[its], 0, columns.ndim)
+                    more[its] += columns[mine] * ratio
                 name = r.weight.parameter
                 _add(found, name, self._tensors[name], more.movedim(0, r.weight.dim))
         return found

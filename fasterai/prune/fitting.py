@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.names import modules_by_name, tensors_by_name
+from ..core.names import first_names, modules_by_name, raw_tensors, tensors_by_name
 from ..coupling.labels import Dim
 from ..coupling.mending import sizes_in
 from ..coupling.norms import from_values, remembered
@@ -33,7 +33,7 @@ def cut_for(plan: Plan, network: nn.Module, *, constants: bool = True) -> Cut:
             f"the plan does not fit the model: {problem}. It fits models that are built like the "
             f"one it was made for, and not pruned yet"
         )
-    raw = {id(x): n for n, x in [*network.named_parameters(), *network.named_buffers()]}
+    raw = first_names(raw_tensors(network))
     names = {name: raw[id(tensor)] for name, tensor in tensors_by_name(network).items()}
     kept = {
         Dim(names[name], d): index for name in plan.kept for d, index in cuts_of(plan, name).items()

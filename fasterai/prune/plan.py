@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.names import first_names, modules_by_name, tensors_by_name, unwrapped
+from ..core.names import first_names, modules_by_name, raw_tensors, tensors_by_name, unwrapped
 from ..coupling.mending import Size, sizes_in
 from ..coupling.norms import as_values
 from ..coupling.probe import Removal
@@ -216,7 +216,7 @@ def make_plan(
         follows: see `Plan`.
     """
     network = unwrapped(model)
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    tensors = raw_tensors(model)
     known = first_names(tensors_by_name(network))
     names = {raw: known[id(tensor)] for raw, tensor in tensors.items()}
     kept = {

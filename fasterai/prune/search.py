@@ -21,10 +21,12 @@ from ..core.checks import is_number, whole
 from ..core.criteria import Criterion, as_criterion
 from ..core.masks import Limits, as_context, as_fraction
 from ..core.names import unwrapped
+from ..core.progress import with_bar
 from ..coupling.probe import Removal
 from ..coupling.ranking import bundles_of, unit_scores
 from ..coupling.surgery import shadowed
 from ..score.batches import in_memory
+from ..score.criteria import as_gathered
 from ..score.oracle import measured
 from ..score.removing import mean_loss
 from .amounts import counts_of
@@ -126,13 +128,8 @@ def particle_search(
     losses = _Memory(swarm.key, loss_without)
     now = swarm.first(particles, start, noise, generator)
     best, history = math.inf, []
-    turns: Iterable[int] = range(rounds)
-    if progress:
-        from fastprogress.fastprogress import progress_bar  # takes a second to import
-
-        turns = progress_bar(turns, leave=False)
     kept = now[0]
-    for _ in turns:
+    for _ in with_bar(range(rounds), progress):
         own = torch.tensor([losses(state) for state in now], dtype=torch.float64)
         own = own.nan_to_num(torch.inf, torch.inf)
         if own.min() < best:
@@ -216,7 +213,7 @@ class _Swarm:
             values |= {(a, u): rank for u, rank in zip(units, own.tolist(), strict=True)}
         data = measured(self._pruner.model, self._coupling, values)
         return Searched(
-            _as_measured,
+            as_gathered,
             "particle_search",
             needs="measured",
             norm="none",
@@ -249,7 +246,3 @@ def _drawn(losses: Tensor, generator: torch.Generator) -> Tensor:
     offset = torch.rand((), generator=generator, dtype=losses.dtype)
     points = (torch.arange(len(losses)) + offset) / len(losses)
     return torch.searchsorted(edges, points).clamp(max=len(losses) - 1)
-
-
-def _as_measured(weight: Tensor, found: Tensor) -> Tensor:
-    return found

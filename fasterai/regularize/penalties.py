@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..core.granularity import Granularity, over_blocks, over_groups, spread
+from ..core.criteria import wide
+from ..core.granularity import Granularity, along, over_blocks, over_groups, spread
 from ..core.names import LayerChoice, unwrapped
 from ..coupling.labels import PRODUCE, SCALE, SHIFT
 from ..sparse.choose import Choice, choose
@@ -179,12 +180,12 @@ class _LayerTerm:
         _gradient(self.weight).add_(slope * self.weight, alpha=strength)
 
     def _squares(self) -> Tensor:
-        return over_blocks(_wide(self.weight).square(), self.group, "sum")
+        return over_blocks(wide(self.weight).square(), self.group, "sum")
 
 
 def _layer(groups: LayerGroups) -> _LayerTerm:
     weight = groups.weight
-    sizes = over_blocks(torch.ones_like(_wide(weight.detach())), groups.group, "sum")
+    sizes = over_blocks(torch.ones_like(wide(weight.detach())), groups.group, "sum")
     return _LayerTerm(weight, groups.group, sizes.sqrt())
 
 
@@ -222,25 +223,23 @@ class _UnitTerm:
         slope = self.root * _inverse(self._squares())
         for part in self.parts:
             p = part.parameter
-            along = slope.new_zeros(p.shape[part.dim]).to(p.device)
-            along = along.index_copy(0, part.index, slope.to(p.device)[part.unit])
-            along = along.view([-1 if d == part.dim else 1 for d in range(p.ndim)])
-            _gradient(p).add_(along * p, alpha=strength)
+            rows = slope.new_zeros(p.shape[part.dim]).to(p.device)
+            rows = rows.index_copy(0, part.index, slope.to(p.device)[part.unit])
+            _gradient(p).add_(along(rows, part.dim, p.ndim) * p, alpha=strength)
 
     def _squares(self) -> Tensor:
         total = torch.zeros_like(self.root)
         for part in self.parts:
-            rows = part.rows(_wide(part.parameter).square())
+            rows = part.rows(wide(part.parameter).square())
             total = total.index_add(0, part.unit.to(total.device), rows.to(total))
         return total
 
 
 def _units(groups: UnitGroups) -> _UnitTerm:
     parts = _parts(groups, PRODUCE, SCALE, SHIFT)
-    wide = _wide(parts[0].parameter.detach())
-    sizes = wide.new_zeros(groups.axis.size)
+    sizes = wide(parts[0].parameter.detach()).new_zeros(groups.axis.size)
     for part in parts:
-        rows = part.rows(torch.ones_like(_wide(part.parameter.detach())))
+        rows = part.rows(torch.ones_like(wide(part.parameter.detach())))
         sizes = sizes.index_add(0, part.unit.to(sizes.device), rows.to(sizes))
     return _UnitTerm(tuple(parts), sizes.sqrt())
 
@@ -252,7 +251,7 @@ class _ScaleTerm:
     part: _Part
 
     def value(self) -> Tensor:
-        return _wide(self.part.parameter).index_select(0, self.part.index).abs().sum()
+        return wide(self.part.parameter).index_select(0, self.part.index).abs().sum()
 
     def add_gradient(self, strength: float) -> None:
         index = self.part.index
@@ -285,10 +284,6 @@ def _gradient(p: nn.Parameter) -> Tensor:
     elif p.grad.is_sparse:  # of an embedding; penalties are of all its rows
         p.grad = p.grad.to_dense()
     return p.grad
-
-
-def _wide(weight: Tensor) -> Tensor:
-    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
 
 
 def _norm(squares: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core.copies import copied
 from ..core.names import tensors_by_name, unwrapped
+from ..core.progress import with_bar
 from ..core.schedule import one_shot
 from ..core.target import COUNTED, Target
 from ..coupling.inputs import Inputs
@@ -152,7 +153,7 @@ def sweep(
     )
     done.must_ask({label: said(target) for label, target in runs.items()})
     networks: dict[str, nn.Module] = {}
-    for label in _shown([k for k in runs if k not in done.rows], progress):
+    for label in with_bar([k for k in runs if k not in done.rows], progress):
         row, trained = run(label, runs[label], done)
         done.add(label, row, said(runs[label]))
         if trained is not None and row["file"] is None:
@@ -217,14 +218,6 @@ def _callbacks(target: Any, options: Mapping[str, Any]) -> list[Any]:
     return list(made) if isinstance(made, Sequence) else [made]
 
 
-def _shown(labels: Sequence[str], progress: bool) -> Iterator[str]:
-    if not progress or not labels:
-        return iter(labels)
-    from fastprogress.fastprogress import progress_bar  # takes a second to import
-
-    return iter(progress_bar(labels, leave=False))
-
-
 # --- one run -------------------------------------------------------------------------------------
 
 
@@ -255,7 +248,7 @@ class _Run:
         self.seconds, self.batch = seconds, batch
         self.start = copied(unwrapped(learn.model))
         inputs = in_memory(learn.dls.valid, self.start, 1)[0].inputs
-        self.inputs = Inputs.of(inputs.kwargs or inputs.args)
+        self.inputs = Inputs.of(inputs.given)
         self.names = ["valid_loss", *(metric.name for metric in learn.metrics)]
 
     def dense(self) -> dict[str, Any]:
@@ -289,7 +282,7 @@ class _Run:
         return row, network
 
     def _costs(self, network: nn.Module) -> dict[str, Any]:
-        example = self.inputs.kwargs or self.inputs.args
+        example = self.inputs.given
         found = {
             "parameters": sum(p.numel() for p in network.parameters()),
             "macs": macs(network, example).get(""),
@@ -335,7 +328,7 @@ class _Run:
 
     def _of_start(self, kind: str) -> float:
         if kind == "macs":
-            return macs(self.start, self.inputs.kwargs or self.inputs.args)[""]
+            return macs(self.start, self.inputs.given)[""]
         if kind == "bytes":
             return saved_bytes(self.start)
         return sum(p.numel() for p in self.start.parameters())

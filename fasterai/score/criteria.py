@@ -19,27 +19,23 @@ Approach for Large Language Models", 2023, https://arxiv.org/abs/2306.11695.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..core.criteria import Criterion
+from ..core.criteria import Criterion, wide
 
 __all__ = ["apoz", "mean_activation", "obd", "taylor", "taylor_filter", "taylor_maps", "wanda"]
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _squared_change(weight: Tensor, squares: Tensor) -> Tensor:
-    return _wide(weight).square() * squares
+    return wide(weight).square() * squares
 
 
 def _half_squared_change(weight: Tensor, fisher: Tensor) -> Tensor:
-    return 0.5 * _wide(weight).square() * fisher
+    return 0.5 * wide(weight).square() * fisher
 
 
-def _as_gathered(weight: Tensor, found: Tensor) -> Tensor:
+def as_gathered(weight: Tensor, found: Tensor) -> Tensor:
+    """What was gathered, as it is."""
     return found
 
 
@@ -48,13 +44,13 @@ def _share_of_others(weight: Tensor, share: Tensor) -> Tensor:
 
 
 def _by_norm(weight: Tensor, norm: Tensor) -> Tensor:
-    return _wide(weight).abs() * norm
+    return wide(weight).abs() * norm
 
 
 taylor = Criterion(_squared_change, "taylor", needs="squared_gradient")
-taylor_filter = Criterion(_as_gathered, "taylor_filter", needs="filter_taylor")
-taylor_maps = Criterion(_as_gathered, "taylor_maps", needs="map_taylor", norm="l2")
+taylor_filter = Criterion(as_gathered, "taylor_filter", needs="filter_taylor")
+taylor_maps = Criterion(as_gathered, "taylor_maps", needs="map_taylor", norm="l2")
 obd = Criterion(_half_squared_change, "obd", needs="fisher")
-mean_activation = Criterion(_as_gathered, "mean_activation", needs="activation")
+mean_activation = Criterion(as_gathered, "mean_activation", needs="activation")
 apoz = Criterion(_share_of_others, "apoz", needs="zeros")
 wanda = Criterion(_by_norm, "wanda", needs="input_norm")

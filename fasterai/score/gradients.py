@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..core.criteria import wide
 from ..core.granularity import over_groups
 from .units import Units
 
@@ -63,11 +64,11 @@ class Gradients:
                 self._add_units(known)
             elif known:
                 into = [self._sums[need][k] for k in known]
-                wide = [g.to(s.dtype) for g, s in zip(known.values(), into, strict=True)]
+                exact = [g.to(s.dtype) for g, s in zip(known.values(), into, strict=True)]
                 if need == "gradient":
-                    torch._foreach_add_(into, wide)
+                    torch._foreach_add_(into, exact)
                 else:
-                    torch._foreach_addcmul_(into, wide, wide)
+                    torch._foreach_addcmul_(into, exact, exact)
 
     def found(self) -> dict[str, dict[str, Tensor]]:
         """The means, by need and weight; without a gradient they are 0."""
@@ -93,15 +94,12 @@ class Gradients:
         for name, dim, index, unit in self._units.gates:
             if name in gradients:
                 weight = self._weights[name].detach()
-                lost = weight.to(_wide(weight)) * gradients[name]
+                lost = wide(weight) * gradients[name]
                 rows = over_groups(lost, (dim,), "sum").flatten()
                 change.index_add_(0, unit, rows[index].to(change))
         self._per_unit.add_(change.square_())
 
 
-def _wide(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
 def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    return torch.zeros(shape, dtype=_wide(like), device=like.device)
+    exact = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros(shape, dtype=exact, device=like.device)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..core.criteria import wide
 from ..coupling.inputs import Inputs, run_quietly, tensors_in
 from ..coupling.places import looking
 
@@ -75,7 +76,7 @@ class InputNorms:
 
     def _look(self, name: str, call: int, x: Tensor) -> None:
         layer, weight = self._layers[name]
-        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        x = wide(x.detach())
         self.sums[weight] = self.sums[weight].to(x) + _squares(layer, x)
 
 

@@ -21,11 +21,13 @@ from ..core.checks import is_whole
 from ..core.criteria import Criterion
 from ..core.gathered import Gathered
 from ..core.names import plain, unknown_name, unwrapped
+from ..core.progress import with_bar
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
 from ..coupling.surgery import shadowed
 from ..coupling.units import Axis, Coupling
 from .batches import Batch, in_memory
+from .criteria import as_gathered
 from .journal import Journal, about
 from .removing import Removals, mean_loss
 from .units import Units
@@ -102,7 +104,7 @@ def oracle(
     """
     network = unwrapped(model)
     batches = in_memory(dl, network, n_batches)
-    inputs = Inputs.fitting(network, batches[0].inputs.kwargs or batches[0].inputs.args)
+    inputs = Inputs.fitting(network, batches[0].inputs.given)
     coupling = couple(network, inputs, whole_heads=whole_heads)
     wanted = _chosen(network, coupling.axes, units)
     if not wanted:
@@ -130,12 +132,8 @@ def _measure(
     progress: bool,
 ) -> None:
     removals = Removals(network, inputs, coupling)
-    missing: Iterable[tuple[int, int]] = [key for key in wanted if key not in journal.losses]
-    if progress and missing:
-        from fastprogress.fastprogress import progress_bar  # takes a second to import
-
-        missing = progress_bar(missing, leave=False)
-    for a, unit in missing:
+    missing = [key for key in wanted if key not in journal.losses]
+    for a, unit in with_bar(missing, progress):
         with shadowed(network, removals.of(a, unit)):
             loss = mean_loss(network, batches, loss_func)
         journal.add(a, plain(coupling.axes[a].name), unit, loss)
@@ -185,7 +183,7 @@ def _as_oracle(
 ) -> Oracle:
     changes = {key: journal.losses[key] - journal.loss for key in wanted}
     return Oracle(
-        _as_measured,
+        as_gathered,
         "oracle",
         needs="measured",
         norm="none",
@@ -209,10 +207,6 @@ def measured(
         row[starts[a] + unit] = value
     shapes = {name: p.shape for name, p in network.named_parameters()}
     return Gathered({"measured": spread.spread(row, shapes)}, shapes)
-
-
-def _as_measured(weight: Tensor, found: Tensor) -> Tensor:
-    return found
 
 
 def _size(weight: Tensor, found: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..core.granularity import along
 from ..coupling.inputs import Inputs, plainly, run_quietly
 from ..coupling.labels import CONSUME, PRODUCE, SCALE, SHIFT
 from ..coupling.probe import compensation, cutting, wiring
@@ -61,7 +62,7 @@ class Removals:
                 p = tensors[slot.parameter]
                 stays = torch.ones(p.shape[slot.dim], dtype=torch.float64)
                 stays[slot.index[mark[slot.unit]]] = 0
-                value = stays.view(-1, *[1] * (p.ndim - slot.dim - 1))
+                value = along(stays, 0, p.ndim - slot.dim)
                 steps.setdefault(slot.parameter, []).append(Step(value, True))
         return Cut({}, steps=steps)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion
 from ..core.gathered import GATHERED
 from ..core.names import unwrapped
+from ..core.progress import with_bar
 from .batches import as_batch, drawn, first_batches, n_inputs
 from .gatherer import Gatherer
 
@@ -64,10 +65,7 @@ def score(
     asked = list(criteria) if several else [criteria]
     needs = _needs(asked)
     batches, total = first_batches(dl, n_batches)
-    if progress:
-        from fastprogress.fastprogress import progress_bar  # takes a second to import
-
-        batches = progress_bar(batches, total=total, leave=False)
+    batches = with_bar(batches, progress, total)
     with drawn(dl, network):
         gatherer = _gather(network, batches, needs, n_inputs(dl), loss_func, training)
     data = gatherer.gathered()
@@ -88,8 +86,7 @@ def _gather(
         for each in batches:
             batch = as_batch(each, network, n_inp)
             if gatherer is None:
-                example = batch.inputs.kwargs or batch.inputs.args
-                gatherer = Gatherer(network, needs, example)
+                gatherer = Gatherer(network, needs, batch.inputs.given)
                 stack.enter_context(gatherer.ready(training))
             gatherer.add(batch, loss_func)
     if gatherer is None:
