@@ -28,7 +28,7 @@ from fasterai.distill.losses import (
     soft_targets,
     value_distance,
 )
-from fasterai.distill.watch import watched
+from fasterai.distill.watch import layers_named, watched
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.callback import SparsifyCallback
 
@@ -239,7 +239,7 @@ def test_features_become_alike(match):
         learn.fit(6, cbs=cb)
         x, seen = learn.dls.valid.dataset.tensors[0], []
         for net in (learn.model.eval(), teacher):
-            with watched(net, ["bn1"]) as found:
+            with watched(layers_named(net, ["bn1"], "features")) as found:
                 net(x)
             seen.append(found["bn1"].detach())
         distance = attention_distance if match == "attention" else value_distance

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from .hooks import hooked
 from .inputs import Inputs
 from .labels import CONSUME, PRODUCE
 from .run import run_labels
@@ -93,19 +95,13 @@ def looking(
 
         return hook
 
-    handles = []
-    try:
-        for name in dict.fromkeys(names):
-            module = modules.get(name)
-            if module is not None and after:
-                handles.append(module.register_forward_hook(after_of(name)))
-            elif module is not None:
-                hook = before_of(name)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    def put(name: str, module: nn.Module) -> RemovableHandle:
+        if after:
+            return module.register_forward_hook(after_of(name))
+        return module.register_forward_pre_hook(before_of(name), with_kwargs=True)
+
+    with hooked(put(name, modules[name]) for name in dict.fromkeys(names) if name in modules):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first(places: Iterable[tuple[Any, ...]]) -> Tensor | None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..core.granularity import along
+from ..coupling.hooks import hooked
 from ..coupling.inputs import Inputs, operands_in, plainly, run_quietly, tensors_in
 from ..coupling.moving import movement
 from ..coupling.rules import RULES
@@ -102,7 +103,7 @@ def beyond(norm: nn.Module) -> nn.Module:
 def watch_norms(model: nn.Module, inputs: Inputs) -> Seen:
     """Run a network in eval mode and note what its norms read; it is left as it was."""
     watcher = _Watcher(model)
-    with run_quietly(model), plainly(), watcher.hooked(model), watcher:
+    with run_quietly(model), plainly(), hooked(watcher.hooks(model)), watcher:
         out = inputs(model)
     for x in tensors_in(out):
         watcher.read(x)
@@ -202,18 +203,11 @@ class _Watcher(TorchDispatchMode):
         self.results[out] = _Result(layer, along(channels, 0, out.ndim - 1))
         return [weight] if bias is None else [weight, bias]
 
-    @contextmanager
-    def hooked(self, model: nn.Module) -> Iterator[None]:
-        """With hooks on the norms."""
-        handles = []
-        try:
-            for norm in norms_of(model).values():
-                handles.append(norm.register_forward_pre_hook(self._enter, with_kwargs=True))
-                handles.append(norm.register_forward_hook(self._leave, with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def hooks(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        """Puts hooks on the norms."""
+        for norm in norms_of(model).values():
+            yield norm.register_forward_pre_hook(self._enter, with_kwargs=True)
+            yield norm.register_forward_hook(self._leave, with_kwargs=True)
 
     def _enter(self, norm: nn.Module, args: Any, kwargs: Any) -> None:
         x = _first(args, kwargs)

@@ -21,6 +21,7 @@ from ..core.copies import copied
 from ..core.masks import as_context, as_fraction
 from ..core.names import LayerChoice, pick, unwrapped
 from ..coupling.couple import couple
+from ..coupling.hooks import hooked
 from ..coupling.inputs import Inputs, run_quietly, tensors_in
 from ..coupling.probe import settle
 from .ranks import Choice, choices, spent
@@ -202,11 +203,10 @@ def _places(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> dict[str,
 
         return hook
 
-    twin = copied(model)
-    for name in names:
-        twin.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True)
-    with run_quietly(twin):
-        inputs(twin)
+    layers = ((name, model.get_submodule(name)) for name in names)
+    hooks = (m.register_forward_hook(watch(name), with_kwargs=True) for name, m in layers)
+    with hooked(hooks), run_quietly(model):
+        inputs(model)
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.copies import copied
 from ..core.names import unwrapped
+from ..coupling.hooks import hooked
 from ..coupling.inputs import Inputs, operands_in, run_quietly
 from ..coupling.probe import settle
 from ..measure.profile import compare
@@ -211,7 +212,6 @@ def _arriving(
 ) -> dict[str, Counter[tuple[Any, ...]]]:
     """Shapes, strides and types that arrive at each layer, and how often each of them does."""
     seen: dict[str, Counter[tuple[Any, ...]]] = {name: Counter() for name in layers}
-    handles = []
 
     def note(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
@@ -221,14 +221,9 @@ def _arriving(
 
         return hook
 
-    try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(note(name), with_kwargs=True))
-        with run_quietly(model):
-            inputs(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in layers.items())
+    with hooked(hooks), run_quietly(model):
+        inputs(model)
     return seen
 
 

@@ -80,6 +80,7 @@ class DistillCallback(FitCallback):
         self.match, self.kept, self.channels, self.distance = match, kept, channels, loss
         self._copy: nn.Module | None = None
         self._missing = False  # given a teacher once, loaded without
+        self._layers: tuple[dict[str, nn.Module], ...] = ()  # those watched, ours and theirs
         self._seen: dict[str, Tensor] = {}
         self._training_flags: dict[nn.Module, bool] = {}
 
@@ -107,8 +108,8 @@ class DistillCallback(FitCallback):
                 "the teacher shares parameters with the model that learns: pass "
                 "copy.deepcopy(model), or no teacher to have it copied"
             )
-        layers_named(model, self.features, "features")
-        layers_named(teacher, self.features.values(), "features")
+        ours = layers_named(model, self.features, "features")
+        self._layers = ours, layers_named(teacher, self.features.values(), "features")
         self._training_flags = {m: m.training for m in teacher.modules()}
         teacher.to(next(model.parameters()).device).eval()
 
@@ -133,7 +134,7 @@ class DistillCallback(FitCallback):
         """Let go of the copy; a teacher that was given trains or evaluates as it did."""
         for module, training in self._training_flags.items():
             module.training = training
-        self._copy, self._seen, self._training_flags = None, {}, {}
+        self._copy, self._layers, self._seen, self._training_flags = None, (), {}, {}
 
     # --- inside --------------------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ class DistillCallback(FitCallback):
         return self._copy if self.teacher is None else self.teacher
 
     def _watched_forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with watched(self.learn.model, self.features) as seen:
+        with watched(self._layers[0]) as seen:
             out = run(*args, **kwargs)
         self._seen = seen
         return out
@@ -158,7 +159,7 @@ class DistillCallback(FitCallback):
     def _apart(self) -> Tensor | float:
         """The distances from the teacher, weighted."""
         teacher = self._teacher
-        with torch.no_grad(), watched(teacher, self.features.values()) as theirs:
+        with torch.no_grad(), watched(self._layers[1]) as theirs:
             out = teacher(*self.xb)
         if isinstance(out, tuple | list) and isinstance(self.pred, Tensor):
             out = out[0]  # as RNNCallback takes the first of the model's
@@ -184,7 +185,7 @@ class DistillCallback(FitCallback):
     def _layers_apart(self, ours: Tensor, theirs: Tensor, layer: str) -> Tensor:
         if self.match == "attention":
             return attention_distance(ours, theirs, self.channels)
-        kept = _positions(self.kept, layer, self._teacher)
+        kept = _positions(self.kept, layer, self._layers[1][layer])
         if kept is not None and ours.shape != theirs.shape:
             theirs = theirs.index_select(self.channels, torch.as_tensor(kept, device=theirs.device))
         return value_distance(ours, theirs)
@@ -194,7 +195,7 @@ class DistillCallback(FitCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the teacher: a learner is exported as it is used, alone."""
-        empty = {"teacher": None, "_copy": None, "_seen": {}, "_training_flags": {}}
+        empty = {"teacher": None, "_copy": None, "_layers": (), "_seen": {}, "_training_flags": {}}
         state = {**super().__getstate__(), **empty}
         return {**state, "_missing": self._missing or self.teacher is not None}
 
@@ -204,14 +205,13 @@ class DistillCallback(FitCallback):
             vars(self)["_missing"] = False
 
 
-def _positions(kept: Any, layer: str, teacher: nn.Module) -> Sequence[int] | None:
+def _positions(kept: Any, layer: str, inside: nn.Module) -> Sequence[int] | None:
     """Which of a layer's output channels stayed; None where nothing is known of it.
 
     Of a block of layers the last one that was cut tells.
     """
     if kept is None or isinstance(kept, Mapping):
         return None if kept is None else kept.get(layer)
-    inside = layers_named(teacher, [layer], "features")[layer]
     for name, module in reversed(list(inside.named_modules(prefix=layer))):
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
         found = kept.kept.get(f"{name}.weight", {}).get(int(transposed))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from ..core.names import plain, unknown_name, unwrapped
+from ..coupling.hooks import hooked
 
 __all__ = ["layers_named", "watched"]
 
@@ -26,20 +27,14 @@ def layers_named(model: nn.Module, names: Iterable[str], argument: str) -> dict[
 
 
 @contextmanager
-def watched(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """A dict that gets the output of each named layer while the model runs inside.
+def watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """A dict that gets the output of each layer by its name while the model runs inside.
 
     The hooks are gone afterwards, whatever happens. A layer that runs twice leaves its last output.
     """
     seen: dict[str, Tensor] = {}
-    hooks = []
-    try:
-        for name, module in layers_named(model, names, "features").items():
-            hooks.append(module.register_forward_hook(_keep(seen, name)))
+    with hooked(m.register_forward_hook(_keep(seen, name)) for name, m in layers.items()):
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _keep(seen: dict[str, Tensor], name: str):  # noqa: ANN202

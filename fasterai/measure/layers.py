@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..core.names import unwrapped
+from ..coupling.hooks import hooked
 from ..coupling.inputs import Inputs, run_quietly
 from .counts import Counts, counts, numbers_needed
 
@@ -188,14 +191,7 @@ def _timed(model: nn.Module, inputs: Inputs, seconds: float) -> Iterator[dict[st
     copies = inputs.copies()
     clock = _Clock(_now(copies.tensors[0].device))
     end = time.perf_counter() + seconds
-    with ExitStack() as stack:
-        stack.enter_context(run_quietly(model))
-        for name, module in _rows(model).items():
-            before, after = clock.around(name)
-            pre = module.register_forward_pre_hook(before)
-            stack.callback(pre.remove)
-            post = module.register_forward_hook(after, always_call=True)
-            stack.callback(post.remove)
+    with run_quietly(model), hooked(clock.hooks(_rows(model))):
         while True:
             yield clock.run(lambda: model(*copies.args, **copies.kwargs))
             if time.perf_counter() >= end:
@@ -214,20 +210,21 @@ class _Clock:
         self.taken: dict[str, float] = {}
         self.open: list[list[float]] = []
 
-    def around(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        """Hooks before and after a layer."""
+    def hooks(self, layers: Mapping[str, nn.Module]) -> Iterator[RemovableHandle]:
+        """Puts hooks before and after each layer."""
+        for name, layer in layers.items():
+            yield layer.register_forward_pre_hook(self._before)
+            yield layer.register_forward_hook(partial(self._after, name), always_call=True)
 
-        def before(*_: Any) -> None:
-            self.open.append([self.now(), 0.0])  # since when, and what layers inside took
+    def _before(self, *_: Any) -> None:
+        self.open.append([self.now(), 0.0])  # since when, and what layers inside took
 
-        def after(*_: Any) -> None:
-            started, inside = self.open.pop()
-            took = self.now() - started
-            self.taken[name] = self.taken.get(name, 0.0) + (took - inside) * 1e3
-            if self.open:
-                self.open[-1][1] += took
-
-        return before, after
+    def _after(self, name: str, *_: Any) -> None:
+        started, inside = self.open.pop()
+        took = self.now() - started
+        self.taken[name] = self.taken.get(name, 0.0) + (took - inside) * 1e3
+        if self.open:
+            self.open[-1][1] += took
 
     def run(self, forward: Callable[[], Any]) -> dict[str, float]:
         """The times of one run."""

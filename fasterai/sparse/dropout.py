@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..core.granularity import dimensions
 from ..core.names import plain, unknown_name, unwrapped
+from ..coupling.hooks import hooked
 from ..coupling.inputs import Inputs, run_quietly
 
 __all__ = ["RescaledDropout", "connections", "rescale_dropout"]
@@ -124,17 +125,13 @@ def _owners(network: nn.Module, inputs: Inputs) -> dict[str, str]:
     """For each dropout module by name the layer whose outputs it drops."""
     layers = _weights(network)
     order: list[str] = []
-    hooks = [
+    hooks = (
         module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
         for name, module in network.named_modules()
         if isinstance(module, _DropoutNd) or plain(name) in layers
-    ]
-    try:
-        with run_quietly(network):
-            inputs(network)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
+    with hooked(hooks), run_quietly(network):
+        inputs(network)
     seen = [(name, plain(name) in layers) for name in order]
     found: dict[str, str] = {}
     for at, (name, is_layer) in enumerate(seen):
