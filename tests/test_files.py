@@ -159,6 +159,23 @@ def test_dtypes_stay(dtype, tmp_path):
     assert same(before, other)
 
 
+def test_conjugate_and_negative_views_keep_their_numbers(tmp_path):
+    def build(seed):
+        model = make(Plain, seed=seed)
+        z = torch.randn(3, dtype=torch.complex64)
+        model.register_buffer("conjugate", z.conj())
+        model.register_buffer("negative", z.conj().imag)
+        model.register_buffer("both", torch.randn(2, 3, dtype=torch.complex64).conj().t())
+        return model
+
+    model, other = build(0), build(1)
+    assert model.conjugate.is_conj() and model.negative.is_neg()
+    save_pruned(model, tmp_path / "a")
+    load_pruned(other, tmp_path / "a")
+    for name in ("conjugate", "negative", "both"):
+        assert torch.equal(other.get_buffer(name), model.get_buffer(name))
+
+
 def test_the_layout_in_memory_is_kept(tmp_path):
     last = torch.channels_last
     for saved, built in ((True, False), (False, True), (True, True)):

@@ -280,6 +280,37 @@ def test_an_interrupt_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(now, gradients, strict=True))
 
 
+@pytest.mark.parametrize("name", ["_swap", "_set"])
+def test_an_interrupt_right_behind_a_change_leaves_the_model_as_it_was(monkeypatch, name):
+    plan, model = cut_of(make(Residual), images()), make(Residual)
+    before, change = contents(model), getattr(surgery, name)
+
+    def interrupted(*args):
+        change(*args)
+        if name == "_swap" or args[1] == "out_channels":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(surgery, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        plan.apply(model)
+    assert same(before, model)
+
+
+def test_inference_tensors_are_refused_and_left_alone():
+    plan = cut_of(make(Residual), images())
+    with torch.inference_mode():
+        model = make(Residual)
+    before = contents(model)
+    with pytest.raises(ValueError, match=r"weight' was made under torch.inference_mode\(\)"):
+        plan.apply(model)
+    with pytest.raises(ValueError, match="build the model outside"):
+        Pruner(model, images()).prune_model(0.5)
+    assert same(before, model)
+    plan.apply(copy.deepcopy(model))
+    with torch.inference_mode():
+        plan.apply(model)
+
+
 def test_only_modules_are_cut():
     class Learner:
         model = make(Plain)

@@ -68,8 +68,8 @@ def cut(
         data: what to put in the place of parameters and buffers, instead of cutting them.
 
     Raises:
-        ValueError: the tensors of a layer would no longer fit together, as they did before; the
-            model is as it was.
+        ValueError: the tensors of a layer would no longer fit together, as they did before, or are
+            inference tensors; the model is as it was.
     """
     tensors = raw_tensors(model)
     kept, scratch = positions_by_name(plan.kept), {}
@@ -78,6 +78,7 @@ def cut(
         if name not in data:
             how = kept.get(name, {}), plan.steps.get(name, ())
             left[name] = smaller(tensors[name], *how, scratch)
+    _must_be_changeable({name: tensors[name] for name in left})
     changed = {id(tensors[n]) for n, x in left.items() if x.shape != tensors[n].shape}
     concerned = dict.fromkeys((*_owners(model, changed), *plan.attributes))
     whole = [m for m in concerned if agrees(m)]
@@ -89,7 +90,8 @@ def cut(
 
     try:
         for name, data in left.items():
-            undo.append(_swap(tensors[name], data))
+            undo.append(_putting_back(tensors[name]))
+            _swap(tensors[name], data)
         _recompute(concerned)
         _mend(model, changed, plan, undo)
         _must_agree(model, whole)
@@ -194,11 +196,26 @@ def smaller(
     return data
 
 
-def _swap(tensor: Tensor, data: Tensor) -> Callable[[], None]:
-    before, gradient = tensor.detach(), tensor.grad
+def _must_be_changeable(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{name!r} was made under torch.inference_mode(), and outside of it nothing may "
+                f"change it: build the model outside, or pass copy.deepcopy(model)"
+            )
+
+
+def _swap(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor other data; where it is a conjugate or negative view, it remains one."""
+    data = data.resolve_conj().resolve_neg()
+    data = data.conj_physical() if tensor.is_conj() else data
     tensor.grad = None
     with torch.no_grad():
-        tensor.set_(data)
+        tensor.set_(data.neg() if tensor.is_neg() else data)
+
+
+def _putting_back(tensor: Tensor) -> Callable[[], None]:
+    before, gradient = tensor.detach(), tensor.grad
 
     def put_back() -> None:
         with torch.no_grad():
@@ -225,15 +242,15 @@ def _mend(model: nn.Module, cut: set[int], plan: Cut, undo: list[Callable[[], No
     for module in owners:
         if isinstance(module, nn.RNNBase):  # it keeps a list of its weights
             weights = [getattr(module, name) for name in module._flat_weights_names]
-            undo.append(_set(module, "_flat_weights", weights))
+            _set(module, "_flat_weights", weights, undo)
         for attribute, value in layer_integers(module).items():
-            undo.append(_set(module, attribute, value))
+            _set(module, attribute, value, undo)
     for module, attribute, value in plan.integers:
         if module not in owners or attribute not in layer_integers(module):
-            undo.append(_set(module, attribute, value))
+            _set(module, attribute, value, undo)
     for module, attributes in plan.attributes.items():
         for attribute, value in attributes.items():
-            undo.append(_set(module, attribute, value))
+            _set(module, attribute, value, undo)
 
 
 def _recompute(modules: Iterable[nn.Module]) -> None:
@@ -257,18 +274,20 @@ def _must_agree(model: nn.Module, layers: Sequence[nn.Module]) -> None:
         raise ValueError(f"the tensors of {', '.join(names[:3])} would no longer fit together")
 
 
-def _set(module: nn.Module, attribute: str, value: Any) -> Callable[[], None]:
-    if attribute == "__class__":
-        kind = type(module)
-        module.__class__ = value
-        return lambda: setattr(module, "__class__", kind)
-    before = dict(module.__dict__)
-    module.__dict__[attribute] = value
+def _set(module: nn.Module, attribute: str, value: Any, undo: list[Callable[[], None]]) -> None:
+    """Set an attribute, once it is noted how to undo it: an interrupt may come in between."""
+    kind, before = type(module), dict(module.__dict__)
 
     def put_back() -> None:
-        if attribute in before:
+        if attribute == "__class__":
+            module.__class__ = kind
+        elif attribute in before:
             module.__dict__[attribute] = before[attribute]
         else:
-            del module.__dict__[attribute]
+            module.__dict__.pop(attribute, None)
 
-    return put_back
+    undo.append(put_back)
+    if attribute == "__class__":
+        module.__class__ = value
+    else:
+        module.__dict__[attribute] = value
