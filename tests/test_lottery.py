@@ -310,6 +310,16 @@ def test_masks_are_kept_through_any_fit(tmp_path):
         learn.fit(1)
 
 
+def test_a_ticket_is_loaded_as_a_whole_or_not_at_all():
+    model = make(Residual)
+    model.register_buffer("once", torch.ones(1).expand(4))
+    ticket = Ticket(Masks({}), {k: v + 1 for k, v in model.state_dict().items()})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="'once' shows one number in many places"):
+        ticket.load_into(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 def test_bad_arguments_are_refused_before_anything_is_trained():
     learn = steady()
     before = copy.deepcopy(learn.model.state_dict())

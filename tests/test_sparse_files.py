@@ -1,5 +1,6 @@
 """Files in which zeros take no room: every bit comes back, and damage is refused."""
 
+import copy
 import json
 import os
 import random
@@ -229,7 +230,52 @@ def test_an_interrupt_leaves_no_half_of_it(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         load_sparse(tmp_path / "a", other)
     monkeypatch.undo()
-    assert all(same(v, model.state_dict()[k]) for k, v in other.state_dict().items())
+    assert all(same(v, network(1).state_dict()[k]) for k, v in other.state_dict().items())
+
+
+def expanded():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model[1].running_mean = torch.zeros(1).expand(2)
+    return model
+
+
+def test_a_tensor_that_cannot_be_written_to_leaves_all_others(tmp_path):
+    save_sparse(expanded(), tmp_path / "a")
+    other = expanded()
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(SparseFileError, match="'1.running_mean' shows one number in many places"):
+        load_sparse(tmp_path / "a", other)
+    assert all(same(v, before[k]) for k, v in other.state_dict().items())
+
+
+def test_tensors_that_share_memory_in_the_model_alone_are_refused(tmp_path):
+    def build(share):
+        model = nn.Linear(3, 3)
+        rows = model.weight.data[:2]
+        model.register_buffer("rows", rows if share else torch.randn(2, 3))
+        return model
+
+    for share in (True, False):
+        save_sparse(build(share), tmp_path / "a")
+        other = build(True)
+        before = copy.deepcopy(other.state_dict())
+        if share:
+            load_sparse(tmp_path / "a", other)
+            assert torch.equal(other.rows, other.weight[:2])
+            assert not torch.equal(other.weight, before["weight"])
+            continue
+        with pytest.raises(SparseFileError, match="is tied in the model"):
+            load_sparse(tmp_path / "a", other)
+        assert all(same(v, before[k]) for k, v in other.state_dict().items())
+
+
+def test_conjugate_and_negative_views_are_not_what_they_are_views_of(tmp_path):
+    a = torch.tensor([1 + 2j, 3 - 4j])
+    state = {"a": a, "b": a.conj(), "imag": a.imag, "negative": a.conj().imag, "c": a.conj()}
+    save_sparse(state, tmp_path / "a")
+    back = load_sparse(tmp_path / "a")
+    assert all(torch.equal(back[name], x) for name, x in state.items())
+    assert back["c"] is back["b"]
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):

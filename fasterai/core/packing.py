@@ -61,7 +61,8 @@ def packed(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
         _must_be_dense(name, x)
         x = x.detach()
         order, dtype = _order(x), str(x.dtype).removeprefix("torch.")
-        where = (x.data_ptr(), x.dtype, x.shape, x.stride()) if x.numel() else name
+        looks = x.dtype, x.shape, x.stride(), x.is_conj(), x.is_neg()
+        where = (x.data_ptr(), *looks) if x.numel() else name
         if first.setdefault((x.device, where), name) != name:
             of = first[x.device, where]
             entries[name] = Entry("same", dtype, tuple(x.shape), order, of)

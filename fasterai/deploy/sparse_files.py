@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..core.forms import decode
 from ..core.names import unwrapped
-from ..core.packing import DTYPES, FORMAT, PARTS, PLAIN, WORDS, Entry, packed, words_of
+from ..core.overwrite import overwrite
+from ..core.packing import DTYPES, FORMAT, PARTS, PLAIN, WORDS, Entry, packed
 from ..core.writing import replacing
 
 __all__ = ["SparseFileError", "load_sparse", "save_sparse"]
@@ -196,26 +197,7 @@ def _inverse(order: Sequence[int]) -> list[int]:
 
 def _put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give a model these tensors; it is as it was where they do not fit."""
-    targets = _targets(model, state)
-    new: dict[int, tuple[Tensor, Tensor]] = {}
-    for name, target in targets.items():
-        x = state[name]
-        known = new.get(id(target))
-        if known is None:
-            new[id(target)] = target, x
-        elif known[1] is not x and not torch.equal(words_of(known[1]), words_of(x)):
-            raise ValueError(f"{name!r} is tied in the model, and in the file it is not")
-    try:
-        _copy(new.values())
-    except BaseException:  # an interrupt must not leave half of them
-        _copy(new.values())
-        raise
-
-
-@torch.no_grad()
-def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for target, x in pairs:
-        target.copy_(x)
+    overwrite(_targets(model, state), state)
 
 
 def _targets(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

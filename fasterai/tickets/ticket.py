@@ -14,10 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..core.names import plain, unwrapped
+from ..core.overwrite import overwrite
 from ..sparse.keep import difference, parameters_like
 from .files import read_ticket, write_ticket
 from .masks import Masks
@@ -112,7 +112,6 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
 def restore(weights: Mapping[str, Tensor], model: nn.Module) -> None:
     """Write a `snapshot` back.
 
@@ -124,8 +123,7 @@ def restore(weights: Mapping[str, Tensor], model: nn.Module) -> None:
     there = {name: tuple(value.shape) for name, value in weights.items()}
     if here != there:
         raise ValueError(f"the weights are those of another network: {difference(there, here)}")
-    for name, value in state.items():
-        value.copy_(weights[name])
+    overwrite(state, weights)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
