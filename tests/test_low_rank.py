@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -290,6 +291,36 @@ def test_what_must_stay_is_named():
         "ConvTranspose2d is no plain linear layer or conv",
         "no product of smaller layers is that small",
     ]
+
+
+@pytest.mark.parametrize("context", ["local", "global"])
+def test_layers_whose_numbers_have_no_such_product_stay(context):
+    class Numbers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.complex = nn.Linear(8, 8, dtype=torch.complex64)
+            self.real, self.nan = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.inf = nn.Conv1d(8, 8, 3)
+            with torch.no_grad():
+                self.nan.weight[2, 3], self.inf.weight[1, 2, 0] = torch.nan, torch.inf
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that there is nothing to initialise
+                self.none = nn.Linear(8, 0)
+
+        def forward(self, x):
+            x = self.real(self.complex(x.to(torch.complex64)).real)
+            return x, self.nan(x), self.inf(x.t()), self.none(x)
+
+    layers = ["complex", "real", "nan", "inf", "none"]
+    small, table = low_rank(Numbers(), torch.randn(4, 8), 0.5, layers=layers, context=context)
+    assert table.set_index("layer")["reason"].to_dict() == {
+        "complex": "its weights are complex numbers",
+        "real": "",
+        "nan": "some of its weights are inf or nan",
+        "inf": "some of its weights are inf or nan",
+        "none": "it has no weights",
+    }
+    assert small.complex.weight.is_complex() and type(small.real) is nn.Sequential
 
 
 def test_layers_are_chosen_by_name_and_type():

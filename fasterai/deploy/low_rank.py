@@ -240,6 +240,12 @@ def _unfit(layer: nn.Module, owners: Mapping[int, int]) -> str:
         return f"{type(layer).__name__} is no plain linear layer or conv"
     if getattr(layer, "groups", 1) > 1:
         return "it has groups"
+    if not layer.weight.numel():
+        return "it has no weights"
+    if layer.weight.is_complex():
+        return "its weights are complex numbers"
+    if not layer.weight.detach().double().isfinite().all():
+        return "some of its weights are inf or nan"
     if any(owners[id(p)] > 1 for p in layer.parameters()):
         return "it shares a parameter with another layer"
     return "hooks are registered on it" if layer._forward_hooks or layer._forward_pre_hooks else ""
