@@ -295,6 +295,25 @@ def test_nothing_is_written_that_computes_something_else(tmp_path):
     assert file.read_text() == "before" and os.listdir(tmp_path) == ["a.onnx"]
 
 
+class Picks(nn.Module):
+    def __init__(self, counts):
+        super().__init__()
+        self.layer, self.counts = nn.Linear(6, 4), counts
+
+    def forward(self, x):
+        y = self.layer(x)
+        if self.counts:
+            CALLS.append(1)
+        return y, y.argmax(1) + len(CALLS), y > 0
+
+
+def test_whole_numbers_among_the_outputs_must_agree(tmp_path):
+    x = torch.randn(5, 6)
+    assert export_onnx(Picks(counts=False), x, tmp_path / "a.onnx") < 1e-5
+    with pytest.raises(RuntimeError, match="something else: 100% of the whole numbers or bools"):
+        export_program(Picks(counts=True), x)
+
+
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

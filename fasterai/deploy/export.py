@@ -22,6 +22,8 @@ from ..prune.check import differences
 
 __all__ = ["export_onnx", "export_program"]
 
+_OTHER = 0.01  # share of the whole numbers of an output that rounding may turn into others
+
 
 def export_program(
     model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True
@@ -218,7 +220,24 @@ def _must_agree(
         raise RuntimeError(
             f"{who} computes something else: outputs differ by {apart.relative:.0e} of the largest"
         )
+    other = _whole_numbers_apart(expected, got)
+    if other > _OTHER:
+        raise RuntimeError(
+            f"{who} computes something else: {other:.0%} of the whole numbers or bools of an "
+            f"output differ"
+        )
     return apart.relative
+
+
+def _whole_numbers_apart(expected: Sequence[list[Tensor]], got: Sequence[list[Tensor]]) -> float:
+    """Of the outputs of whole numbers or bools, the largest share that differs over all batches."""
+    seen: dict[int, list[Tensor]] = {}
+    for before, after in zip(expected, got, strict=True):
+        for i, (a, b) in enumerate(zip(before, after, strict=True)):
+            if not (a.is_floating_point() or a.is_complex()):
+                seen.setdefault(i, []).append((a != b).flatten())
+    found = [torch.cat(some).double() for some in seen.values()]
+    return max((float(x.mean()) for x in found if x.numel()), default=0.0)
 
 
 def _feeding(file: Path) -> Callable[[Inputs], list[Tensor]]:
