@@ -124,6 +124,46 @@ def test_training_goes_on_with_the_rates_of_the_step():
     assert len(whole) == 24 and len(learn.recorder.values) == 2
 
 
+def test_of_two_fits_the_first_one_is_rewound():
+    class Steps(Callback):
+        order = -10
+
+        def before_fit(self):
+            fits.append([])
+
+        def before_batch(self):
+            if self.training:
+                states = copy.deepcopy(self.learn.model.state_dict())
+                fits[-1].append(((self.epoch, self.iter), states))
+
+    learn, fits = steady(), []
+    lottery = LotteryTicket(learn, 0.5, rounds=2, rewind=3)
+    ticket = lottery.find(1, LR, fit="fine_tune", cbs=(cb for cb in [Steps()]))
+    early = fits[0][3][1]
+    assert ticket.step == 3 and all(torch.equal(v, early[k]) for k, v in ticket.weights.items())
+    places = [(0, i) for i in range(STEPS)]
+    assert [[at for at, _ in fit] for fit in fits] == [places, places, places[3:], places]
+
+
+def test_buffers_that_no_state_dict_holds_are_rewound():
+    class Counting(Residual):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("runs", torch.zeros(()), persistent=False)
+
+        def forward(self, x):
+            self.runs += 1
+            return super().forward(x)
+
+    learn = steady(make(Counting))
+    ticket = LotteryTicket(learn, 0.5, rounds=1).find(1, LR)
+    assert ticket.weights["runs"] == 0 == learn.model.runs
+    del learn.model.runs  # weights from elsewhere may lack it
+    known = Ticket(ticket.masks, learn.model.state_dict())
+    other = make(Counting)
+    assert known.load_into(other).runs == 0
+
+
 def sums(n=128):
     """y = 3 x0 - 2 x1; the other six inputs say nothing."""
     x = torch.randn(n, 8, generator=torch.Generator().manual_seed(3))
@@ -269,6 +309,16 @@ def test_a_fit_that_ends_early_leaves_nothing():
     assert len(learn.recorder.values) == 1
 
 
+@pytest.mark.parametrize(
+    "event, n, when", [("before_epoch", 1, "its first batch"), ("before_batch", 3, "step 5")]
+)
+def test_a_fit_that_ends_too_early_makes_no_ticket(event, n, when):
+    lottery = LotteryTicket(steady(), 0.5, rounds=1, rewind=5)
+    with pytest.raises(RuntimeError, match=f"the fit ended before {when}, so that there is"):
+        lottery.find(1, LR, cbs=Breaks(event, n, CancelFitException()))
+    assert not lottery.tickets and lottery.find(1, LR).step == 5
+
+
 def test_with_trackers_and_skipped_epochs(tmp_path):
     learn = steady()
     learn.path = tmp_path
@@ -327,6 +377,8 @@ def test_bad_arguments_are_refused_before_anything_is_trained():
         ({"rounds": 0}, "rounds must be a whole number"),
         ({"rewind": -1}, "rewind must be"),
         ({"rewind": 1.5}, "for steps pass 1"),
+        ({"rewind": float("nan")}, "rewind must be .*, got nan"),
+        ({"rewind": float("inf")}, "rewind must be .*, got inf"),
         ({"criteria": grad_crit}, "no gradients"),
         ({"sparsity": 40}, "for 40% pass 0.4"),
         ({"granularity": "kernal"}, "did you mean 'kernel'"),

@@ -22,21 +22,23 @@ def overwrite(tensors: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
         new: numbers of the same shapes, by the same names.
 
     Raises:
-        ValueError: a tensor cannot be written to, or shares memory with one that is to hold other
-            numbers; all of them are as they were.
+        ValueError: a tensor that holds other numbers and cannot be written to, or one that shares
+            memory with another that is to hold others; all of them are as they were.
     """
+    before: dict[str, Tensor] = {}
     for name, x in tensors.items():
         problem = _unwritable(x)
-        if problem:
+        if not problem:
+            before[name] = x.clone()
+        elif x.is_meta or not _holds(x, new[name]):
             raise ValueError(f"{name!r} {problem}")
-    before = {name: x.clone() for name, x in tensors.items()}
     try:
-        for name, x in tensors.items():
-            x.copy_(new[name])
+        for name in before:
+            tensors[name].copy_(new[name])
         _must_hold(tensors, new)
     except BaseException:  # an interrupt must not leave half of them
-        for name, x in tensors.items():
-            x.copy_(before[name])
+        for name, x in before.items():
+            tensors[name].copy_(x)
         raise
 
 
@@ -56,5 +58,9 @@ def _must_hold(tensors: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None
     memory = {name: (x.device, x.untyped_storage().data_ptr()) for name, x in tensors.items()}
     owners = Counter(memory.values())
     for name, x in tensors.items():
-        if owners[memory[name]] > 1 and not torch.equal(words_of(x), words_of(new[name].to(x))):
+        if owners[memory[name]] > 1 and not _holds(x, new[name]):
             raise ValueError(f"{name!r} is tied in the model, and gets numbers of its own")
+
+
+def _holds(x: Tensor, numbers: Tensor) -> bool:
+    return torch.equal(words_of(x), words_of(numbers.to(x)))

@@ -5,6 +5,7 @@ The sources are in `ticket`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
 from typing import Any
@@ -55,7 +56,8 @@ class LotteryTicket:
         rounds: how many times to train and prune; 1 is one-shot.
         rewind: the weights to go back to: 0 the initial ones; a number of steps, or as a float a
             share of the fit, those after so many steps of the first training. Later trainings then
-            begin at that step, with the rates of that step.
+            begin at that step, with the rates of that step. Of a method that fits twice, such as
+            'fine_tune', steps are those of the first fit.
         layers: names or types of layers to sparsify.
         exclude: names or types of layers to leave alone.
         min_keep: groups that stay in each layer, at least.
@@ -119,10 +121,12 @@ class LotteryTicket:
             fit: the learner's method, such as 'fit_one_cycle'.
             kwargs: of the fit, `cbs` among them.
         """
+        kwargs["cbs"] = [*listify(kwargs.get("cbs"))]  # a generator gives them once
         for done in range(len(self.tickets), self.rounds):
             start = self.tickets[-1] if done else self._initial
             look = _Round(self._sparsifier, self.sparsity, None if done else self.rewind)
             metrics = self._train(start, look, args, fit, kwargs)
+            look.must_have_seen_all()
             look.sparsifier.sparsify_to([self._after(done + 1, s) for s in look.targets])
             rewound = look.early or start
             self.tickets.append(rewound.with_masks(Masks(look.sparsifier.masks)))
@@ -224,9 +228,12 @@ class _Round(FitCallback):
         self.targets: tuple[float, ...] = ()
         self.inputs: Inputs | None = None
         self.early: Ticket | None = None
+        self._first = True
 
     def before_fit(self) -> None:
         super().before_fit()
+        if not self._first:
+            return
         total = self.n_epoch * len(self.dls.train)
         rewind = 0 if self.rewind is None else self.rewind
         self._at = int(rewind) if isinstance(rewind, Integral) else round(rewind * total)
@@ -242,8 +249,26 @@ class _Round(FitCallback):
     def before_batch(self) -> None:
         super().before_batch()
         now = self.epoch * self.n_iter + self.iter
-        if self._training and self.training and self.rewind and now == self._at:
+        wanted = self._first and self.rewind and now == self._at
+        if self._training and self.training and wanted:
             self.early = Ticket(Masks({}), snapshot(self.learn.model), self._at)
+
+    def finish(self) -> None:
+        self._first = False
+
+    def must_have_seen_all(self) -> None:
+        """Refuse a training that ended before there was anything to prune or to rewind to.
+
+        Raises:
+            RuntimeError: it did.
+        """
+        early = "its first batch" if self.sparsifier is None else f"step {self._at}"
+        if self.sparsifier is None or (self.rewind and self.early is None):
+            raise RuntimeError(
+                f"the fit ended before {early}, so that there is nothing to "
+                f"{'prune' if self.sparsifier is None else 'rewind to'}: see what cancels it, and "
+                f"call find again"
+            )
 
 
 class _StartAt(FitCallback):
@@ -270,6 +295,9 @@ class _StartAt(FitCallback):
             self.learn.pct_train = self.step / (self._per_epoch * self.n_epoch)
             self._instead_of(self.learn, "one_batch", self._skip_batch)
 
+    def finish(self) -> None:
+        self.step = -1  # a further fit, as of fine_tune, is run as a whole
+
     def _skip_epoch(self, run: Callable[..., Any], f: Any, kind: str, *rest: Any) -> None:
         early = (self.epoch + 1) * self._per_epoch <= self.step
         if early:
@@ -285,7 +313,7 @@ class _StartAt(FitCallback):
 
 
 def _check_rewind(rewind: Any) -> None:
-    if not is_number(rewind) or not rewind >= 0:
+    if not is_number(rewind) or not 0 <= rewind < math.inf:
         raise ValueError(f"rewind must be a number of steps or a share of the fit, got {rewind!r}")
     if not isinstance(rewind, Integral) and rewind >= 1:
         raise ValueError(

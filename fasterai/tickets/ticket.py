@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.names import plain, unwrapped
+from ..core.names import plain, tensors_by_name, unwrapped
 from ..core.overwrite import overwrite
 from ..sparse.keep import difference, parameters_like
 from .files import read_ticket, write_ticket
@@ -113,12 +113,13 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def restore(weights: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Write a `snapshot` back.
+    """Write a `snapshot` back; it may lack buffers that no state dict holds, which stay.
 
     Raises:
         ValueError: the model has other tensors; nothing was changed.
     """
-    state = _state(model)
+    needed = {plain(name) for name in unwrapped(model).state_dict()}
+    state = {k: v for k, v in _state(model).items() if k in needed or k in weights}
     here = {name: tuple(value.shape) for name, value in state.items()}
     there = {name: tuple(value.shape) for name, value in weights.items()}
     if here != there:
@@ -127,6 +128,5 @@ def restore(weights: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a state dict, under the names without wrappers."""
-    state = unwrapped(model).state_dict()
-    return {plain(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    """Parameters and buffers, also those that no state dict holds, without names of wrappers."""
+    return tensors_by_name(unwrapped(model))
