@@ -2,6 +2,7 @@
 
 import gzip
 import io
+from collections import OrderedDict
 
 import numpy as np
 import pandas as pd
@@ -13,11 +14,13 @@ from torch import nn
 from torch.nn.utils import prune
 
 from fasterai.deploy.sparse_files import save_sparse
+from fasterai.deploy.sparse_layers import sparse_linear
 from fasterai.measure import layers
 from fasterai.measure.counts import counts, macs
 from fasterai.measure.layers import compare_layers, profile_layers
 from fasterai.measure.profile import compare, profile
 from fasterai.prune.pruner import Pruner
+from fasterai.report.page import report
 from fasterai.sparse.sparsifier import Sparsifier
 
 
@@ -369,6 +372,40 @@ def test_layers_of_a_compiled_network_are_those_inside():
     assert table["ms"].iloc[:-1].sum() == pytest.approx(table["ms"].iloc[-1])
 
 
+def test_layers_may_have_the_names_of_the_last_rows():
+    def build(width):
+        layers = {
+            "rest": nn.Linear(4, width),
+            "total": nn.Linear(width, 2),
+            "head": nn.Linear(2, 2),
+        }
+        return nn.Sequential(OrderedDict(layers))
+
+    order = ["rest", "total", "head", "rest", "total"]
+    table = profile_layers(build(8), torch.randn(2, 4), seconds=0.01)
+    assert table["layer"].tolist() == order and table["macs"][0] == 4 * 8
+    assert table["ms"].iloc[-1] == pytest.approx(table["ms"].iloc[:-1].sum(), rel=0.5)
+    table = compare_layers(build(8), build(3), torch.randn(2, 4), seconds=0.01)
+    assert table["layer"].tolist() == order
+    assert table[["macs_before", "macs_after"]].iloc[1].tolist() == [16, 6]
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1, True, "1"])
+def test_times_to_spend_are_finite_numbers(seconds, tmp_path):
+    model, x = nn.Linear(4, 4), torch.randn(2, 4)
+    for call in (
+        lambda: compare({"a": model}, x, seconds=seconds),
+        lambda: profile(model, x, seconds=seconds),
+        lambda: profile_layers(model, x, seconds=seconds),
+        lambda: compare_layers(model, model, x, seconds=seconds),
+        lambda: sparse_linear(model, x, seconds=seconds),
+        lambda: sparse_linear(model, x, gain=seconds),
+        lambda: report(tmp_path / "a", networks={"a": model}, example_inputs=x, seconds=seconds),
+    ):
+        with pytest.raises(ValueError, match="must be a number >= 0, got"):
+            call()
+
+
 def test_networks_without_numbers_are_refused():
     model, x = make(Plain).to("meta"), images(2).to("meta")
     for call in (profile, profile_layers):
@@ -397,8 +434,9 @@ def test_batches_that_cannot_be_made_are_refused():
     for batches, why in (([4], "no first dimension of one size"), ([0], "one sample or more")):
         with pytest.raises(ValueError, match=why):
             compare(*given, batch_sizes=batches)
-    with pytest.raises(TypeError, match=r"several, as in \[1, 16\], got 4"):
-        compare(*given, batch_sizes=4)
+    for n in (4, np.int64(4)):
+        with pytest.raises(TypeError, match=r"several, as in \[1, 16\], got 4"):
+            compare(*given, batch_sizes=n)
 
 
 class LowRankUpdate(nn.Module):

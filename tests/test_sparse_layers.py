@@ -179,6 +179,45 @@ def test_what_breaks_without_its_weight_stays(clock):
     assert table["reason"][2] == "it did not run on the example inputs"
 
 
+def test_layers_with_hooks_stay(clock):
+    model = nn.Sequential(emptied(nn.Linear(64, 64)), emptied(nn.Linear(64, 64)))
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    small, table = sparse_linear(model, torch.randn(2, 64))
+    assert table["reason"].tolist() == ["hooks are registered on it", ""]
+    calls.clear()
+    small(torch.randn(2, 64))
+    assert calls == [1]
+
+
+def test_measuring_draws_no_random_numbers(clock):
+    model, x = nn.Sequential(emptied(nn.Linear(64, 64))), torch.randn(2, 64)
+    state = torch.random.get_rng_state()
+    sparse_linear(model, x)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_what_torch_cannot_run_is_not_the_fault_of_the_inputs(clock, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(SparseLinear, "forward", fails)
+    model = nn.Sequential(emptied(nn.Linear(64, 64)), emptied(nn.Linear(64, 64)))
+    with torch.no_grad():
+        model[1].weight[:40] = 0
+    clock["compact"] = 0.5
+    small, table = sparse_linear(model, torch.randn(2, 64))
+    assert table["reason"].tolist() == ["torch cannot run it: no kernel", ""]
+    assert table["kind"][1] == "compact" and type(small[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_types_are_looked_at_layer_by_layer(dtype):
+    model = nn.Sequential(emptied(nn.Linear(64, 64))).to(dtype)
+    small, table = sparse_linear(model, torch.randn(2, 64, dtype=dtype), seconds=0.001)
+    assert len(table) == 1 and small(torch.randn(2, 64, dtype=dtype)).dtype == dtype
+
+
 def test_the_clock_decides_where_nobody_tells():
     """Without a single value left, and with all of them: whatever the clock says, it is honest."""
     model = nn.Sequential(nn.Linear(256, 256), emptied(nn.Linear(256, 256), 0.9)).eval()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.checks import number
 from ..core.copies import copied
 from ..core.names import unwrapped
 from ..coupling.hooks import hooked
@@ -141,9 +142,12 @@ def sparse_linear(
         the layer stays dense, the `reason`.
 
     Raises:
-        ValueError: the network is not on the CPU or cannot be run on the inputs.
+        ValueError: the network is not on the CPU or cannot be run on the inputs, or `gain` or
+            `seconds` is no number of 0 or more.
     """
     model = unwrapped(model)
+    number(gain, "gain")
+    number(seconds, "seconds")
     elsewhere = {str(p.device) for p in model.parameters() if p.device.type != "cpu"}
     if elsewhere:
         raise ValueError(
@@ -234,23 +238,40 @@ def _measured(
     weight = layer.weight.detach()
     zeros = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
     row: dict[str, Any] = {"zeros": zeros, "reason": ""}
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return row | {"reason": "hooks are registered on it"}
     kinds = _worthwhile(layer, zeros)
     if not kinds:
         few = f"fewer than {_LEAST:.0%} of its weights are zero"
         return row | {"reason": few if zeros < _LEAST else "too few whole rows or columns are zero"}
     if not arrived:
         return row | {"reason": "it did not run on the example inputs"}
-    try:
-        forms = {"dense": layer} | {kind: form(layer) for kind, form in kinds.items()}
-        taken = dict.fromkeys(forms, 0.0)
-        for (shape, strides, dtype), times in arrived.items():
-            x = torch.empty_strided(shape, strides, dtype=dtype).normal_()
-            table = compare(forms, x, seconds=seconds)
-            for form, ms in table["latency_ms"].items():
-                taken[form] += ms * times
-    except RuntimeError as error:  # no kernel for the type, or for this machine
-        return row | {"reason": f"torch cannot run it: {error}"}
-    kind = min(kinds, key=taken.__getitem__)
+    chance = torch.Generator().manual_seed(0)
+    inputs = [
+        (torch.empty_strided(shape, strides, dtype=dtype).normal_(generator=chance), times)
+        for (shape, strides, dtype), times in arrived.items()
+    ]
+    forms, why = {"dense": layer}, ""
+    for kind, form in kinds.items():
+        try:
+            forms[kind] = _seen_to_run(form(layer), [x for x, _ in inputs])
+        except RuntimeError as error:  # no kernel for the type, or for this machine
+            why = f"torch cannot run it: {error}"
+    if len(forms) == 1:
+        return row | {"reason": why}
+    taken = dict.fromkeys(forms, 0.0)
+    for x, times in inputs:
+        table = compare(forms, x, seconds=seconds)
+        for form, ms in table["latency_ms"].items():
+            taken[form] += ms * times
+    kind = min(list(forms)[1:], key=taken.__getitem__)
     row |= {"dense_ms": taken["dense"], "sparse_ms": taken[kind], "kind": kind}
     ratio = taken["dense"] / taken[kind]
     return row if ratio >= gain else row | {"reason": f"only {ratio:.2g} times as fast"}
+
+
+@torch.no_grad()
+def _seen_to_run(layer: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
+    for x in inputs:
+        layer(x)
+    return layer

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core.checks import number
 from ..core.names import unwrapped
 from ..coupling.hooks import hooked
 from ..coupling.inputs import Inputs, run_quietly
@@ -21,7 +22,7 @@ from .counts import Counts, counts, numbers_needed
 __all__ = ["compare_layers", "profile_layers"]
 
 _ROUNDS = 5
-_REST, _TOTAL = "rest", "total"
+_REST, _TOTAL = "rest.", "total."  # with a dot, as no layer's name ends
 
 
 def profile_layers(
@@ -32,10 +33,11 @@ def profile_layers(
     Returns:
         `layer`, `type`, `parameters`, `nonzero`, `macs`, `nonzero_macs` (for one sample), `ms`.
     """
+    number(seconds, "seconds")
     model = unwrapped(model)
     inputs = _inputs([model], example_inputs)
     times = _times([model], inputs, threads, seconds)[0]
-    return _table(model, counts(model, inputs), times).reset_index()
+    return _shown(_table(model, counts(model, inputs), times))
 
 
 def compare_layers(
@@ -67,6 +69,7 @@ def compare_layers(
         `layer`, `type`, and `_before` and `_after` each: `params`, `nonzero`, `macs`,
         `nonzero_macs` (for one sample), `ms`. `<NA>` where a network has no such layer.
     """
+    number(seconds, "seconds")
     models = [unwrapped(before), unwrapped(after)]
     inputs = _inputs(models, example_inputs)
     times = _times(models, inputs, threads, seconds)
@@ -81,7 +84,7 @@ def compare_layers(
     table = pd.DataFrame({"type": first["type"].fillna(second["type"])})
     for column in first.columns[1:]:
         table[f"{column}_before"], table[f"{column}_after"] = first[column], second[column]
-    return table.reset_index()
+    return _shown(table)
 
 
 def layer_costs(model: nn.Module, counts: Mapping[str, int]) -> pd.DataFrame:
@@ -151,6 +154,11 @@ def _table(model: nn.Module, known: Counts, times: Mapping[str, float]) -> pd.Da
     numbers = ["parameters", "nonzero", "macs", "nonzero_macs"]
     table = pd.DataFrame(rows, columns=["layer", "type", *numbers, "ms"])
     return table.astype(dict.fromkeys(numbers, "Int64")).set_index("layer")
+
+
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its layers as a column, and the last two rows under the names they go by."""
+    return table.rename(index={_REST: "rest", _TOTAL: "total"}).reset_index()
 
 
 def _own(found: Mapping[str, int], names: Sequence[str]) -> dict[str, Any]:

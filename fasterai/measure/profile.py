@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Measurement, Timer
 
+from ..core.checks import number
 from ..core.names import must_be_module
 from ..coupling.inputs import Inputs, run_quietly
 from .counts import counts, macs, numbers_needed
@@ -74,11 +76,12 @@ def compare(
         )
     for model in networks.values():
         must_be_module(model)
+    number(seconds, "seconds")
     inputs = Inputs.of(example_inputs, samples=None)
     for model in networks.values():
         Inputs.fitting(model, example_inputs)
         numbers_needed(model)
-    if isinstance(batch_sizes, int):
+    if isinstance(batch_sizes, Integral):
         raise TypeError(f"batch_sizes are several, as in [1, 16], got {batch_sizes}")
     batches = list(batch_sizes or [inputs.samples])
     sized = {batch: inputs if batch is None else inputs.batch(batch) for batch in batches}

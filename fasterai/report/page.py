@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from ..core.checks import number
 from ..core.writing import replacing
 from ..deploy.export import writable
 from ..measure.pictures import plot_widths
@@ -79,6 +80,7 @@ def report(
             f"networks go by name, as in networks={{'dense': dense, 'pruned': model}}, got "
             f"{type(networks).__name__}"
         )
+    number(seconds, "seconds")
     file = writable(file)
     if pruned is not None and not callable(getattr(pruned, "report", None)):
         raise TypeError(f"pruned must be a pruner or its callback, got {type(pruned).__name__}")
