@@ -314,6 +314,13 @@ def test_whole_numbers_among_the_outputs_must_agree(tmp_path):
         export_program(Picks(counts=True), x)
 
 
+def test_a_folder_is_told_before_anything_is_run(tmp_path):
+    CALLS.clear()
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file in it"):
+        export_onnx(Counting(), images(), tmp_path)
+    assert not CALLS
+
+
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -485,6 +485,13 @@ class Extra(nn.Linear):
         return {"any": 1}
 
 
+def test_folders_are_no_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*none for a: make it first"):
+        save_pruned(make(Plain), tmp_path / "none" / "a")
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file in it"):
+        save_pruned(make(Plain), tmp_path)
+
+
 def test_what_safetensors_cannot_hold_is_refused(tmp_path):
     sparse = make(Plain)
     sparse.register_buffer("more", torch.eye(3).to_sparse())

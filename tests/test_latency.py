@@ -238,6 +238,15 @@ def test_a_table_is_kept_in_a_file(tmp_path, monkeypatch):
     assert json.loads(other.file.read_text()) == {}  # tables keep what they measured themselves
     monkeypatch.setattr(latency, "_timer", None)  # nothing is measured again
     assert LatencyTable(1, torch.device("cpu"), file).time(aten.mm.default, args) == took
+    for ms in ("NaN", "Infinity", "-5", "true", '"3"', "null"):
+        file.write_text(f'{{"a": {ms}}}')
+        with pytest.raises(ValueError, match="is no table of latencies: a takes"):
+            LatencyTable(1, torch.device("cpu"), file)
+    assert not latency._KNOWN.keys() & {"a"}
+    with pytest.raises(FileNotFoundError, match="there is no folder .*none for a.json"):
+        LatencyTable(1, torch.device("cpu"), tmp_path / "none" / "a.json")
+    with pytest.raises(IsADirectoryError, match="name a file in it"):
+        LatencyTable(1, torch.device("cpu"), tmp_path)
     file.write_text("no table")
     with pytest.raises(ValueError, match="is no table of latencies"):
         LatencyTable(1, torch.device("cpu"), file)

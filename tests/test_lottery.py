@@ -360,6 +360,14 @@ def test_masks_are_kept_through_any_fit(tmp_path):
         learn.fit(1)
 
 
+def test_a_ticket_is_saved_in_a_folder_that_is_there(tmp_path):
+    ticket = Ticket(Masks({}), {"a": torch.ones(2)})
+    with pytest.raises(FileNotFoundError, match="there is no folder .*none for a: make it first"):
+        ticket.save(tmp_path / "none" / "a")
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file in it"):
+        ticket.save(tmp_path)
+
+
 def test_a_ticket_is_loaded_as_a_whole_or_not_at_all():
     model = make(Residual)
     model.register_buffer("once", torch.ones(1).expand(4))

@@ -297,6 +297,15 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_folders_are_no_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*none for a: make it first"):
+        save_sparse(network(), tmp_path / "none" / "a")
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file in it"):
+        save_sparse(network(), tmp_path)
+    with pytest.raises(SparseFileError, match="is a folder: name a file in it"):
+        load_sparse(tmp_path)
+
+
 def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     save_sparse({"a": torch.ones(2)}, tmp_path / "a")
     before = (tmp_path / "a").read_bytes()

@@ -8,7 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 
-__all__ = ["replacing"]
+__all__ = ["replacing", "writable"]
+
+
+def writable(file: str | os.PathLike[str]) -> Path:
+    """The path of a file that can be written.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        IsADirectoryError: it is a folder.
+    """
+    file = Path(file)
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder: name a file in it")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {file.parent} for {file.name}: make it first")
+    return file
 
 
 @contextmanager

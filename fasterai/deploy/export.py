@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from ..core.copies import copied
 from ..core.names import unwrapped
+from ..core.writing import writable
 from ..coupling.inputs import Inputs, plainly, run_quietly, tensors_in
 from ..prune.check import differences
 
@@ -107,18 +108,6 @@ def must_have(*packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)} missing: pip install {' '.join(missing)}")
-
-
-def writable(file: str | os.PathLike[str]) -> Path:
-    """The path of a file that can be written.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
-    file = Path(file)
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {file.parent} for {file.name}: make it first")
-    return file
 
 
 def _ready(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Inputs]:

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.names import first_names, modules_by_name, raw_tensors, tensors_by_name, unwrapped
-from ..core.writing import replacing
+from ..core.writing import replacing, writable
 from ..coupling.norms import remembered
 from ..coupling.surgery import Cut, cut
 from ..prune.fitting import cut_for, fits_in, must_lead_to
@@ -52,8 +52,9 @@ def save_pruned(model: nn.Module, file: _Path, plan: Plan | None = None) -> None
 
     Raises:
         ValueError: the plan does not lead to this model, or safetensors cannot hold it.
+        OSError: no file can be written there.
     """
-    network = unwrapped(model)
+    network, file = unwrapped(model), writable(file)
     if plan is None:
         _must_be_told_by_shapes(network)
     else:

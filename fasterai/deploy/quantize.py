@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ..core.writing import writable
 from ..coupling.inputs import Inputs
-from .export import must_have, session_of, writable
+from .export import must_have, session_of
 
 __all__ = ["quantize_onnx"]
 

@@ -19,7 +19,7 @@ from ..core.forms import decode
 from ..core.names import unwrapped
 from ..core.overwrite import overwrite
 from ..core.packing import DTYPES, FORMAT, PARTS, PLAIN, WORDS, Entry, packed
-from ..core.writing import replacing
+from ..core.writing import replacing, writable
 
 __all__ = ["SparseFileError", "load_sparse", "save_sparse"]
 
@@ -49,12 +49,14 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], file: _Path) -> None:
 
     Raises:
         TypeError: something is no dense tensor.
+        OSError: no file can be written there.
     """
     state = unwrapped(model).state_dict() if isinstance(model, nn.Module) else model
     if not isinstance(state, Mapping):
         raise TypeError(
             f"save_sparse takes a network or its state dict, got {type(state).__name__}"
         )
+    file = writable(file)
     parts, about = packed(state)
     about["digest"] = _digest(parts, about)
     with replacing(file) as part:
@@ -80,6 +82,8 @@ def load_sparse(file: _Path, model: nn.Module | None = None) -> Any:
     """
     if isinstance(file, nn.Module):
         raise TypeError("the file comes first, as in load_sparse('sparse.safetensors', model)")
+    if os.path.isdir(file):
+        raise SparseFileError(f"{os.fspath(file)} is a folder: name a file in it")
     try:
         if model is None:
             return _read(file)

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from ..core.writing import replacing
+from ..core.writing import replacing, writable
 from ..coupling.inputs import Inputs, map_tensors, operands_in, run_quietly
 from ..coupling.units import Axis, Coupling
 from .costs import Width, products, widths_seen
@@ -53,18 +52,22 @@ class LatencyTable:
 
     Raises:
         ValueError: the file is no such table.
+        OSError: no file can be written there.
     """
 
     def __init__(
         self, threads: int, device: torch.device, file: str | os.PathLike[str] | None = None
     ) -> None:
         self.threads, self.device = threads, device
-        self.file = None if file is None else Path(file)
+        self.file = None if file is None else writable(file)
         self._known = _KNOWN if file is None else {}
         self._machine = f"{_processor(device)}, {threads} threads, torch {torch.__version__}"
         if self.file is not None and self.file.exists():
             try:
                 known = json.loads(self.file.read_text())
+                for operation, ms in known.items():
+                    if type(ms) not in (int, float) or not 0 <= ms < math.inf:
+                        raise ValueError(f"{operation} takes {ms!r} ms")
                 self._known.update({str(k): float(v) for k, v in known.items()})
             except (ValueError, AttributeError, TypeError) as error:
                 raise ValueError(

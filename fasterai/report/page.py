@@ -12,8 +12,7 @@ import pandas as pd
 from torch import nn
 
 from ..core.checks import number
-from ..core.writing import replacing
-from ..deploy.export import writable
+from ..core.writing import replacing, writable
 from ..measure.pictures import plot_widths
 from ..measure.profile import compare
 from ..measure.weight_pictures import plot_zeros

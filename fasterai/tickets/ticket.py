@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core.names import plain, tensors_by_name, unwrapped
 from ..core.overwrite import overwrite
+from ..core.writing import writable
 from ..sparse.keep import difference, parameters_like
 from .files import read_ticket, write_ticket
 from .masks import Masks
@@ -92,7 +93,7 @@ class Ticket:
 
         A file of that name is replaced when all is written.
         """
-        write_ticket(self.masks, self.weights, self.step, Path(file))
+        write_ticket(self.masks, self.weights, self.step, writable(file))
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Ticket:
