@@ -461,7 +461,8 @@ def test_bad_arguments():
         ({"weight": True}, "weight must be"),
         ({"temperature": 0}, "temperature must be above 0"),
         ({"temperature": math.inf}, "temperature must be above 0 and finite"),
-        ({"feature_weight": -1}, "feature_weight must be a number >= 0"),
+        ({"feature_weight": -1}, "feature_weight must be a number >= 0, got -1"),
+        ({"feature_weight": math.inf}, "feature_weight must be a number"),
         ({"match": "maps"}, "'attention' or 'values', got 'maps'"),
         ({"features": "c9"}, "features: the model has no layer 'c9'; did you mean"),
         ({"features": {"c1": "d1"}}, "features: the model has no layer 'd1'"),
@@ -477,6 +478,16 @@ def test_bad_arguments():
         assert all(torch.equal(p, before[k]) for k, p in names.items()) and not left_behind(learn)
     with pytest.raises(TypeError, match="teacher must be a network"):
         DistillCallback("resnet")
+    for kwargs, message in (
+        ({"channels": "x"}, "channels must be a dimension, such as 1 or -1, got 'x'"),
+        ({"channels": True}, "channels must be"),
+        ({"loss": "mse"}, "loss must be a function of two outputs or None, got 'mse'"),
+        ({"kept": 5}, "kept must be a plan, as in kept=pruner.plan, .*got 5"),
+        ({"features": [None]}, "features are names of layers, got None"),
+        ({"features": {"c1": 2}}, "features are names of layers, got 2"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            DistillCallback(**kwargs)
     learn, other = learner(), learner(make(Residual, seed=3))
     learn.fit(1, cbs=DistillCallback(other))
     assert not other.model.training

@@ -286,6 +286,8 @@ def test_a_network_in_training_mode_is_refused():
         fold_batchnorm(model, images())
     with pytest.raises(TypeError, match=r"torch.nn.Module"):
         fold_batchnorm("resnet18", images())
+    with pytest.raises(ValueError, match="on the meta device has no numbers"):
+        fold_batchnorm(model.eval().to("meta"), images().to("meta"))
 
 
 def test_a_wrapped_network_is_folded_inside():

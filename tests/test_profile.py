@@ -406,6 +406,21 @@ def test_times_to_spend_are_finite_numbers(seconds, tmp_path):
             call()
 
 
+def test_parameters_of_8_bits_are_counted():
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            weight = torch.tensor([[1.0, 0.0], [-0.0, 2.0]]).to(torch.float8_e4m3fn)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.weight.to(x.dtype)
+
+    x = torch.randn(2, 2)
+    assert cost(Small(), x)["nonzero"] == 2
+    assert profile_layers(Small(), x, seconds=0.01)["nonzero"].tolist()[0] == 2
+
+
 def test_networks_without_numbers_are_refused():
     model, x = make(Plain).to("meta"), images(2).to("meta")
     for call in (profile, profile_layers):

@@ -114,6 +114,18 @@ def test_what_does_not_fit_is_told_and_nothing_is_written(pruned, tmp_path, monk
         quantize_onnx(file, out, [torch.zeros(2, 1, 8, 8)])
     with pytest.raises(ValueError, match="float64"):
         quantize_onnx(file, out, [images().double()])
+    for n in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=f"n_batches must be a whole number .*got {n}"):
+            quantize_onnx(file, out, batches(), n_batches=n)
+    with pytest.raises(TypeError, match=r"several, as in \[batch\]: a dict is one batch"):
+        quantize_onnx(file, out, {"x": images()})
+    out.write_text("no network")
+    with pytest.raises(ValueError, match="b.onnx is no ONNX file that onnxruntime runs"):
+        quantize_onnx(out, tmp_path / "c.onnx", batches())
+    quantize_onnx(file, out, batches())
+    with pytest.raises(ValueError, match="b.onnx is quantized already, it has DequantizeLinear"):
+        quantize_onnx(out, tmp_path / "c.onnx", batches())
+    out.unlink()
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install onnx onnxruntime"):
         quantize_onnx(file, out, batches())

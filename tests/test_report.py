@@ -193,6 +193,21 @@ def test_a_pruner_that_cut_nothing_and_long_tables(tmp_path):
     assert "details" in shown.tags and any("41 rows" in word for word in shown.words)
 
 
+def test_what_is_no_finding_is_refused_before_anything_is_measured(tmp_path):
+    file, model = tmp_path / "a.html", nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="networks are empty"):
+        report(file, networks={}, example_inputs=X)
+    for name, made in (
+        ("audit", "class_audit"),
+        ("sweep", "sweep"),
+        ("sensitivity", "sensitivity"),
+    ):
+        for value in (3, "x", model):
+            with pytest.raises(TypeError, match=rf"{name} must be what {made}\(\) returned, got"):
+                report(file, **{name: value})
+    assert not file.exists()
+
+
 def test_nothing_is_left_open_or_half_written(tmp_path, monkeypatch):
     pruner = Pruner(learner().model, X)
     pruner.prune_model(0.5)

@@ -309,3 +309,19 @@ def test_plot_shows_the_curve():
     assert line.get_ydata()[-1] == 1.0 and line.get_xdata()[-1] == 1.0
     chain = agp.over(0.1, 0.4).then(lin.over(0.6, 0.8, to=0.0))
     assert chain.plot().get_lines()[0].get_ydata()[-1] == 0.0
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True])
+def test_steps_are_whole_numbers(steps):
+    for schedule in (agp, agp.over(0.1, 0.4).then(lin.over(0.6, 0.8))):
+        with pytest.raises(ValueError, match=f"total must be a whole number >= 1, got {steps}"):
+            schedule.plot(steps)
+    with pytest.raises(ValueError, match=f"per_epoch must be a whole number >= 1, got {steps}"):
+        lin.over(every="epoch").updates(50, steps)
+
+
+def test_a_chain_consists_of_schedules():
+    with pytest.raises(ValueError, match="one leg or more"):
+        Chain(())
+    with pytest.raises(TypeError, match=r"legs of a Chain are Schedules.*Schedule\(function\)"):
+        Chain((lambda p: p, agp))

@@ -280,6 +280,11 @@ def test_bad_arguments_are_refused_before_anything_is_trained(tmp_path):
             sweep(learn, targets, 1, cbs=[watch], folder=tmp_path / "new", **QUIET)
     with pytest.raises(ValueError, match="'gradual' or 'one-shot'"):
         sweep(learn, [0.5], 1, way="fast", cbs=[watch])
+    for epochs in (-1, True, 1.5):
+        with pytest.raises(ValueError, match=f"epochs must be a whole number .*got {epochs}"):
+            sweep(learn, [0.5], epochs, cbs=[watch])
+    with pytest.raises(ValueError, match="seconds must be a number >= 0, got nan"):
+        sweep(learn, [0.5], 1, seconds=float("nan"), cbs=[watch])
     with pytest.raises(TypeError, match="takes a fastai Learner"):
         sweep(learn.model, [0.5], 1)
     with pytest.raises(TypeError, match="method of the Learner"):

@@ -179,7 +179,7 @@ class Schedule:
             return int(self.every)
         if per_epoch is None:
             raise ValueError("every='epoch' needs per_epoch, the number of steps in an epoch")
-        return per_epoch
+        return whole(per_epoch, "per_epoch", 1)
 
     @property
     def _span(self) -> str:
@@ -207,6 +207,14 @@ class Chain:
     legs: tuple[Schedule, ...]
 
     def __post_init__(self) -> None:
+        for leg in self.legs:
+            if not isinstance(leg, Schedule):
+                raise TypeError(
+                    f"the legs of a Chain are Schedules, got {leg!r}: for a function pass "
+                    f"Schedule(function)"
+                )
+        if not self.legs:
+            raise ValueError("a Chain has one leg or more, as in agp.over(0.1, 0.4).then(lin)")
         for one, two in zip(self.legs, self.legs[1:], strict=False):
             if _before(two.start, one.end):
                 raise ValueError(
@@ -279,6 +287,7 @@ def _legs(schedule: Schedule | Chain) -> tuple[Schedule, ...]:
 def _plot(schedule: Schedule | Chain, total: int, ax: Any) -> Any:
     import matplotlib.pyplot as plt
 
+    whole(total, "total", 1)
     ax = ax or plt.subplots(figsize=(5, 3))[1]
     updates = schedule.updates(total, per_epoch=max(1, total // 10))
     steps = [0, *(t for t, _ in updates), max(total, updates[-1][0])]

@@ -21,6 +21,7 @@ from ..core.granularity import along
 from ..core.names import unwrapped
 from ..coupling.inputs import Inputs
 from ..coupling.probe import settle
+from ..measure.counts import numbers_needed
 from .comparison import Comparison
 from .following import Call, Layer, Seen, affine, beyond, norms_of, watch_norms
 
@@ -62,7 +63,8 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> nn.Module:
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
 
     Raises:
-        ValueError: the network is in training mode, cannot be copied or not be run on the inputs.
+        ValueError: the network is in training mode or on the meta device, cannot be copied or not
+            be run on the inputs.
     """
     folded, table = _folded(model, example_inputs)
     if table.empty or not (table["reason"] == "").any():
@@ -86,6 +88,7 @@ def _folded(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, pd.DataFr
             f"and cannot be folded: call model.eval() first"
         )
     inputs = Inputs.fitting(model, example_inputs)
+    numbers_needed(model)
     found, reasons = _matches(model, watch_norms(model, inputs))
     same = Comparison(model, inputs)
 

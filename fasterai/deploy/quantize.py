@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.checks import whole
 from ..core.writing import writable
 from ..coupling.inputs import Inputs
 from .export import must_have, session_of
@@ -48,7 +49,8 @@ def quantize_onnx(
     Raises:
         ImportError: onnx or onnxruntime is missing.
         FileNotFoundError: there is no such file, or no such folder.
-        ValueError: the batches do not fit the file, or there are none.
+        ValueError: the batches do not fit the file, or there are none; or it is no ONNX file, or
+            one that is quantized already.
     """
     must_have("onnx", "onnxruntime")
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -57,7 +59,8 @@ def quantize_onnx(
     file, out = Path(file), writable(out)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}: write it with export_onnx")
-    session = session_of(file)
+    _must_be_batches(batches, n_batches)
+    session = _opened(file)
     feeds = list(_feeds(islice(batches, n_batches), [x.name for x in session.get_inputs()]))
     before = _run(session, feeds)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
@@ -80,6 +83,38 @@ def quantize_onnx(
             found.setdefault(_apart(before, _run(session_of(tried), feeds)), tried)
         os.replace(found[min(found)], out)
     return min(found)
+
+
+def _must_be_batches(batches: Any, n_batches: Any) -> None:
+    """Refuse what is no batches, before a file is opened."""
+    if isinstance(batches, Mapping):
+        raise TypeError("batches are several, as in [batch]: a dict is one batch")
+    whole(n_batches, "n_batches", 1)
+
+
+def _opened(file: Path) -> Any:
+    """A session of a file whose weights and activations are floats.
+
+    Raises:
+        ValueError: it is none.
+    """
+    import onnx
+
+    try:
+        model, session = onnx.load(file, load_external_data=False), session_of(file)
+    except Exception as error:  # of many kinds
+        raise ValueError(
+            f"{file} is no ONNX file that onnxruntime runs: {type(error).__name__}: {error}; write "
+            f"it with export_onnx"
+        ) from error
+    known = sorted(
+        {node.op_type for node in model.graph.node if "quantize" in node.op_type.lower()}
+    )
+    if known:
+        raise ValueError(
+            f"{file} is quantized already, it has {', '.join(known)}: pass what export_onnx wrote"
+        )
+    return session
 
 
 def _apart(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> float:

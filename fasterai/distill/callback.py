@@ -10,7 +10,7 @@ import torch
 from fastai.learner import Learner
 from torch import Tensor, nn
 
-from ..core.checks import is_number, number
+from ..core.checks import is_number, is_whole, number
 from ..core.copies import copied
 from ..core.names import unwrapped
 from ..fit.callback import FitCallback
@@ -76,6 +76,17 @@ class DistillCallback(FitCallback):
         if isinstance(features, str):
             features = [features]
         pairs = features if isinstance(features, Mapping) else {name: name for name in features}
+        for name in (*pairs, *pairs.values()):
+            if not isinstance(name, str):
+                raise TypeError(f"features are names of layers, got {name!r}")
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss must be a function of two outputs or None, got {loss!r}")
+        if kept is not None and not isinstance(getattr(kept, "kept", kept), Mapping):
+            raise TypeError(
+                f"kept must be a plan, as in kept=pruner.plan, or positions by layer, got {kept!r}"
+            )
+        if not is_whole(channels):
+            raise TypeError(f"channels must be a dimension, such as 1 or -1, got {channels!r}")
         self.features, self.feature_weight = dict(pairs), number(feature_weight, "feature_weight")
         self.match, self.kept, self.channels, self.distance = match, kept, channels, loss
         self._copy: nn.Module | None = None

@@ -18,7 +18,7 @@ from ..coupling.inputs import Inputs, operands_in, plainly, run_quietly
 from ..coupling.rules import RULES, known
 from ..coupling.run import recurrence_shown, run_shapes
 
-__all__ = ["Counts", "counted", "counts", "macs", "numbers_needed"]
+__all__ = ["Counts", "counted", "counts", "filled", "macs", "numbers_needed"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ def counts(model: nn.Module, example_inputs: Any) -> Counts:
         again = {}
     nonzero = _by_module(model, inputs, looked.nonzero) if again == found else {}
     return Counts(found, nonzero, tuple(sorted(seen.uncounted)))
+
+
+def filled(x: Tensor) -> int:
+    """How many elements are not zero; torch does not count those of 8 bits."""
+    return int((x.float() if x.is_floating_point() and x.itemsize == 1 else x).count_nonzero())
 
 
 def numbers_needed(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from ..core.checks import number
 from ..core.names import unwrapped
 from ..coupling.hooks import hooked
 from ..coupling.inputs import Inputs, run_quietly
-from .counts import Counts, counts, numbers_needed
+from .counts import Counts, counts, filled, numbers_needed
 
 __all__ = ["compare_layers", "profile_layers"]
 
@@ -177,7 +177,7 @@ def _own(found: Mapping[str, int], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _numbers(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
-    return sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in parameters)
+    return sum(p.numel() for p in parameters), sum(map(filled, parameters))
 
 
 def _times(

@@ -14,7 +14,7 @@ from torch.utils.benchmark import Measurement, Timer
 from ..core.checks import number
 from ..core.names import must_be_module
 from ..coupling.inputs import Inputs, run_quietly
-from .counts import counts, macs, numbers_needed
+from .counts import counts, filled, macs, numbers_needed
 from .memory import freed_memory_kept, peak_bytes
 from .sizes import gzip_bytes, saved_bytes, sparse_bytes
 
@@ -112,7 +112,7 @@ def _size(model: nn.Module, inputs: Inputs, files: bool) -> tuple[dict[str, Any]
     found = counts(model, inputs)
     size = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "nonzero": sum(int(p.count_nonzero()) for p in model.parameters()),
+        "nonzero": sum(map(filled, model.parameters())),
         "macs": found.macs.get("", pd.NA),
         "nonzero_macs": found.nonzero.get("", pd.NA),
         "bytes": saved_bytes(model),
@@ -125,7 +125,7 @@ def _size(model: nn.Module, inputs: Inputs, files: bool) -> tuple[dict[str, Any]
 def _note(model: nn.Module) -> str:
     weights = [p for p in model.parameters() if p.ndim > 1]
     total = sum(p.numel() for p in weights)
-    zeros = total - sum(int(p.count_nonzero()) for p in weights)
+    zeros = total - sum(map(filled, weights))
     if zeros < _MANY * total or not total:
         return ""
     return (

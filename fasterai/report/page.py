@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core.checks import number
 from ..core.writing import replacing, writable
+from ..measure.counts import filled
 from ..measure.pictures import plot_widths
 from ..measure.profile import compare
 from ..measure.weight_pictures import plot_zeros
@@ -80,6 +81,16 @@ def report(
             f"{type(networks).__name__}"
         )
     number(seconds, "seconds")
+    if networks is not None and not networks:
+        raise ValueError("networks are empty: pass some, as in {'pruned': model}, or None")
+    for value, parts, name in (
+        (sensitivity, ("plot", "table", "metric", "unprunable"), "sensitivity"),
+        (audit, ("plot", "table", "model"), "audit"),
+        (sweep, ("plot", "table", "model"), "sweep"),
+    ):
+        if value is not None and not all(hasattr(value, part) for part in parts):
+            made = "class_audit" if name == "audit" else name
+            raise TypeError(f"{name} must be what {made}() returned, got {value!r}")
     file = writable(file)
     if pruned is not None and not callable(getattr(pruned, "report", None)):
         raise TypeError(f"pruned must be a pruner or its callback, got {type(pruned).__name__}")
@@ -161,7 +172,7 @@ def _layers(layers: pd.DataFrame | None, result: nn.Module | None) -> list[str]:
 
 def _has_zeros(network: nn.Module) -> bool:
     weights = [p for p in network.parameters() if p.ndim > 1]
-    zeros = sum(w.numel() - int(w.count_nonzero()) for w in weights)
+    zeros = sum(w.numel() - filled(w) for w in weights)
     return zeros > _CHANCE * sum(w.numel() for w in weights)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from ..core.checks import number
+from ..core.checks import number, whole
 from ..core.copies import copied
 from ..core.names import tensors_by_name, unwrapped
 from ..core.progress import with_bar
@@ -137,6 +137,7 @@ def sweep(
     if way not in _WAYS:
         raise ValueError(f"way must be 'gradual' or 'one-shot', got {way!r}")
     number(seconds, "seconds")
+    whole(epochs, "epochs", 0)
     if way == "one-shot":
         options = {"schedule": one_shot.over(0.0, 0.0), **options}
     runs = _labelled(targets)
