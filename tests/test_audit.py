@@ -358,7 +358,7 @@ def test_targets_take_the_largest_share_that_is_borne():
     assert found.targets(0.1) == {"a": 0.75} and found.targets(1) == {"a": 0.75, "b": 0.75}
     assert found.targets(0) == {}
     for wrong in (-0.1, "much", True, float("nan")):
-        with pytest.raises(ValueError, match="at least 0"):
+        with pytest.raises(ValueError, match="drop must be a number >= 0"):
             found.targets(wrong)
 
 

@@ -358,7 +358,7 @@ def test_a_sparsity_by_layer_removes_just_that():
 @pytest.mark.parametrize(
     "asked, message",
     [
-        ({"c9": 0.5}, "no layer 'c9'; did you mean 'c3'"),
+        ({"c9": 0.5}, "no layer 'c9' that makes channels; did you mean 'c3'"),
         ({"stem": 0.5, "c2": 0.25}, "coupled and need one sparsity"),
         ({"c1": 40}, "for 40% pass 0.4"),
         ({"head": 0.5}, "nothing of 'head' can be removed: "),

@@ -170,7 +170,8 @@ def test_some_units_only():
         (["c7"], "no layer 'c7'; did you mean"),
         (["bn0"], "no channels come from 'bn0'"),
         ({"c1": [16]}, "units 0 to 15, got 16"),
-        ({"c1": [True, 0.5]}, "got 0.5"),
+        ({"c1": [1, 0.5]}, "got 0.5"),
+        ({"c1": [True]}, "got True"),
         ({"head": [0]}, "cannot go: network output"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +46,10 @@ def macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
 
 
 def counted(model: nn.Module, example_inputs: Any) -> tuple[Inputs, dict[str, int]]:
-    """Inputs fitted to the model, and its `macs`, from a single run as a rule."""
+    """Inputs fitted to the model, and its `macs`, from runs on shapes as a rule."""
     inputs = Inputs.of(example_inputs)
     inputs.check(model)
-    found = _count(model, inputs)[1]
+    found = _count(model, inputs)[1] if inputs.samples in (None, 1) or _runs(model, inputs) else {}
     if not found:
         inputs = Inputs.fitting(model, example_inputs)
         found = _count(model, inputs)[1]
@@ -111,6 +111,15 @@ def _count(
         except Exception:  # of the inputs or of the counter; `fitting` can tell
             continue
     return inputs, {}
+
+
+def _runs(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether the network takes them all: a single sample may run where several do not."""
+    try:
+        run_shapes(model, inputs, nullcontext())
+    except Exception:  # it looks at its numbers, or does not run; `fitting` can tell
+        return False
+    return True
 
 
 def _run(

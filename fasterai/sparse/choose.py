@@ -76,7 +76,8 @@ def choose(
         groups, skipped = _inside_layers(model, granularity, chosen, outputs)
     if not groups:
         raise NothingToSparsify(_nothing(granularity, skipped), FROZEN in skipped.values())
-    _warn_of_empty(layers, [*skipped, *(name for g in groups for name in g.layers)], granularity)
+    told = [*skipped, *(name for g in groups for name in g.layers)]
+    _warn_of_empty(layers, [*told, *pick(model, exclude, "exclude")], granularity)
     return Choice(tuple(groups), skipped, inputs, _frozen_share(chosen, skipped))
 
 
