@@ -128,15 +128,16 @@ class TimedBudget(Budget):
         found, least = queues, inf
         for step in _STEPS:
             own = [self._stepping(a, q, step) for a, q in enumerate(queues)]
-            aim = goal
+            aim, lost = goal, inf
             for _ in range(_CORRECTIONS):
                 counts = self._counts(own, aim, shares)
                 took = self._predicted(counts)
                 if took <= goal:
+                    lost = min(lost, sum(q.lost(0, n) for q, n in zip(own, counts, strict=True)))
+                if (1 - _NEAR) * goal <= took <= goal:
                     break
-                aim *= 0.99 * goal / took
-            lost = sum(q.lost(0, n) for q, n in zip(own, counts, strict=True))
-            if lost < _WORTH * least and took <= goal:
+                aim *= 0.98 * goal / took
+            if lost < _WORTH * least:
                 found, least = own, lost
         return found
 
