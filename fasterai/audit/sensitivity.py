@@ -209,9 +209,9 @@ class _Measure:
 
 def _measure(network: nn.Module, batches: Sequence[Batch], metric: Any, loss_func: Any) -> _Measure:
     if metric is None:
-        classes = loss_func is None and all(b.classes is not None for b in batches)
-        classes = classes or all(_tells_classes(network, b) for b in batches)
-        metric = "accuracy" if classes else "loss"
+        known = all(b.classes is not None for b in batches)
+        scored = known and all(_tells_classes(network, b) for b in batches)
+        metric = "accuracy" if scored or (known and loss_func is None) else "loss"
     if callable(metric):
         return _Measure(network, batches, getattr(metric, "__name__", "metric"), metric)
     if metric not in ("accuracy", "loss"):

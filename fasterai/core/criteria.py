@@ -266,7 +266,7 @@ def as_criterion(criteria: Criterion | Callable[[Tensor], Tensor]) -> Criterion:
 
 def wide(weight: Tensor) -> Tensor:
     """In at least float32, where squares and small differences do not vanish."""
-    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _square(weight: Tensor) -> Tensor:

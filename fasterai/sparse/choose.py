@@ -82,7 +82,7 @@ def choose(
 
 
 def _warn_of_empty(layers: Any, known: Collection[str], granularity: Granularity) -> None:
-    """Of layers and blocks that are named there should be something to say."""
+    """Warn of named layers and blocks of which nothing can be sparsified."""
     names = () if layers is None else [x for x in as_choices(layers) if isinstance(x, str)]
     empty = [name for name in names if not layers_of(name, {plain(k) for k in known})]
     if empty:
