@@ -1,5 +1,6 @@
 """Networks as they are written in the wild, each with something that a pruner may trip over."""
 
+import copy
 import warnings
 
 import pytest
@@ -341,7 +342,7 @@ def test_recurrent_layers_with_projections():
     model = Projected().eval()
     Pruner(model, torch.randn(2, 4, 5)).prune_model(0.5)
     assert model.i.out_features == model.r.input_size == 4
-    assert (model.r.hidden_size, model.r.proj_size) == (12, 6)
+    assert (model.r.hidden_size, model.r.proj_size) == (6, 3)
     model.train()(torch.randn(3, 4, 5)).sum().backward()
 
 
@@ -404,20 +405,178 @@ def test_gated_linear_units():
     assert [model[i].out_channels for i in (0, 2)] == [8, 8] and apart(before, model(x)) < 1e-12
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-@pytest.mark.parametrize(
-    "normed", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hook", "new"]
-)
-def test_weight_norm(normed):
-    """Its lengths count the inputs: ranked channels go, zeros are left where they would count."""
+NORMED = {
+    "weight, hook": nn.utils.weight_norm,
+    "weight": nn.utils.parametrizations.weight_norm,
+    "spectral, hook": nn.utils.spectral_norm,
+    "spectral": nn.utils.parametrizations.spectral_norm,
+}
+
+
+def normed_convs(normed):
     torch.manual_seed(0)
-    model = nn.Sequential(normed(nn.Conv1d(3, 16, 3)), nn.ReLU(), normed(nn.Conv1d(16, 12, 3)))
-    model.extend([nn.ReLU(), nn.Conv1d(12, 2, 1)])
-    assert left(model, torch.randn(2, 3, 20)) < 0.4
-    assert [model[i].out_channels for i in (0, 2)] == [8, 6] and model[2].in_channels == 8
-    model = nn.Sequential(normed(nn.Conv1d(3, 16, 3)), nn.ReLU(), normed(nn.Conv1d(16, 2, 3)))
-    Pruner(model, torch.randn(2, 3, 20)).prune_model(Target(macs=0.5))
-    assert model[2].in_channels == 8
+    layers = [normed(nn.Conv1d(3, 16, 3)), nn.ReLU(), normed(nn.ConvTranspose1d(16, 12, 3))]
+    layers += [nn.ReLU(), normed(nn.Conv1d(12, 10, 3)), nn.ReLU(), nn.Conv1d(10, 2, 1)]
+    return nn.Sequential(*layers).double().eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("how", NORMED)
+def test_weights_that_are_computed_from_a_norm_stay_the_same(how):
+    model, x = normed_convs(NORMED[how]), torch.randn(2, 3, 20, dtype=torch.float64)
+    model(x)
+    before = [model[i].weight.detach().clone() for i in (0, 2, 4)]
+    pruner = Pruner(model, x)
+    assert set(pruner.axes().layer) == {"0", "2", "4", "6"}
+    pruner.prune_model(0.5)
+    assert [model[i].out_channels for i in (0, 2, 4)] == [8, 6, 5]
+    rows, out, last = (list(pruner.plan.kept[f"{i}.bias"][0]) for i in (0, 2, 4))
+    expected = [before[0][rows], before[1][rows][:, out], before[2][last][:, out]]
+    for i, weight in zip((0, 2, 4), expected, strict=True):
+        torch.testing.assert_close(model[i].weight, weight)
+    model.train()
+    model(x).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("how", NORMED)
+def test_filters_of_weights_that_are_computed_from_a_norm(how):
+    """Where a direction is zero weight norm divides by zero: the length is what goes."""
+    model, x = normed_convs(NORMED[how]), torch.randn(2, 3, 20, dtype=torch.float64)
+    sparsifier = Sparsifier(model, "filter", example_inputs=x)
+    sparsifier.sparsify_model(0.5)
+    before = model(x)
+    assert before.isfinite().all() and (model[0].weight == 0).flatten(1).all(1).sum() == 8
+    Pruner(model, x).prune_model()
+    assert apart(before, model(x)) < 1e-12
+    assert model[0].out_channels == 8 and model[4].out_channels == 5
+
+
+@pytest.mark.parametrize("cut_again", [False, True])
+def test_a_cut_that_is_taken_back_leaves_spectral_norms_alone(cut_again):
+    model, x = normed_convs(nn.utils.parametrizations.spectral_norm).train(), torch.randn(2, 3, 20)
+    before = copy.deepcopy(model.state_dict())
+    pruner = Pruner(model, x.double())
+    pruner.plan_for(0.5)
+    assert all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
+    if cut_again:
+        pruner.prune_model(0.25)
+        pruner.prune_model(0.5)
+        assert model[0].out_channels == 6
+
+
+class Cosines(nn.Module):
+    def __init__(self, learned):
+        super().__init__()
+        torch.manual_seed(0)
+        self.f = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 24))
+        self.w, self.learned = nn.Parameter(torch.randn(10, 24)), learned
+
+    def forward(self, x):
+        return F.normalize(self.f(x)) @ (F.normalize(self.w) if self.learned else self.w).T
+
+
+@pytest.mark.filterwarnings("ignore:nothing was removed")
+@pytest.mark.parametrize("learned", [False, True])
+def test_features_of_length_one(learned):
+    model, x = Cosines(learned).double(), torch.randn(4, 6, dtype=torch.float64)
+    pruner = Pruner(model, x)
+    pruner.prune_model(0.5)
+    assert model.f[2].out_features == model.w.shape[1] == 12 and model(x).shape == (4, 10)
+    assert pruner.max_rel_diff < 1e-12
+    model = Cosines(learned).double()
+    with torch.no_grad():
+        model.f[2].weight[::2] = model.f[2].bias[::2] = 0
+    before = model(x)
+    Pruner(model, x).prune_model()  # the length of a class counts columns that meet zeros
+    assert apart(before, model(x)) < 1e-12 and (model.f[2].out_features == 12) != learned
+
+
+def test_bilinear_layers():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.c, self.b = nn.Linear(6, 16), nn.Linear(6, 12), nn.Bilinear(16, 12, 8)
+            self.o = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.o(self.b(self.a(x).relu(), self.c(x).tanh()).relu())
+
+    model, x = Pair().double(), torch.randn(4, 6, dtype=torch.float64)
+    Sparsifier(model, "filter", example_inputs=x).sparsify_model(0.5)
+    before = model(x)
+    Pruner(model, x).prune_model()
+    assert model.b.weight.shape == (4, 8, 6) and apart(before, model(x)) < 1e-12
+    assert (model.b.in1_features, model.b.in2_features, model.b.out_features) == (8, 6, 4)
+    assert left(Pair().double(), x) < 0.25
+
+
+@pytest.mark.parametrize("options", [{"add_zero_attn": True}, {"add_bias_kv": True}, {}])
+def test_attention_with_more_keys_than_it_is_given(options):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.i, self.o = nn.Linear(6, 16), nn.Linear(16, 3)
+            self.m = nn.MultiheadAttention(16, 4, batch_first=True, **options)
+
+        def forward(self, x):
+            x = self.i(x)
+            return self.o(self.m(x, x, x)[0])
+
+    model, x = Attention().double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    Sparsifier(model, "filter", example_inputs=x).sparsify_model(0.5)
+    before = model(x)
+    Pruner(model, x).prune_model()
+    assert model.m.embed_dim == 8 and apart(before, model(x)) < 1e-12
+
+
+def test_weights_that_are_products():
+    """A learned query that a layer reads, and an adapter's product that is added to a weight."""
+
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.i, self.q, self.k = nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(8, 12)
+            self.up, self.down = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(6, 16))
+            self.weight = nn.Parameter(torch.randn(8, 16))
+            self.queries, self.o = nn.Parameter(torch.randn(7, 16)), nn.Linear(7, 3)
+
+        def forward(self, x):
+            x = F.linear(self.i(x).relu(), self.weight + self.up @ self.down).relu()
+            return self.o(self.k(x) @ self.q(self.queries).T)
+
+    model, x = Adapted().double(), torch.randn(4, 6, dtype=torch.float64)
+    pruner = Pruner(model, x)
+    pruner.prune_model(0.5)
+    assert (
+        model.up.shape == (4, 6) and model.down.shape == (6, 8) and model.queries.shape == (3, 16)
+    )
+    assert model.q.out_features == model.k.out_features == 6 and pruner.max_rel_diff < 1e-12
+
+
+def test_heads_as_wide_as_groups_of_channels_that_stay():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.at, self.heads = nn.Conv1d(16, 16, 3, padding=1, groups=4), nn.Module()
+            self.heads.q, self.heads.k = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.heads.o, self.heads.head_dim = nn.Linear(16, 16), 4
+
+        def forward(self, x):
+            x = x + self.at(x.transpose(1, 2)).transpose(1, 2)
+            q, k = (
+                f(x).unflatten(-1, (-1, self.heads.head_dim)).transpose(1, 2)
+                for f in (self.heads.q, self.heads.k)
+            )
+            return x + self.heads.o((q * k).transpose(1, 2).flatten(2))
+
+    model = Positions()
+    Pruner(model, torch.randn(2, 5, 16)).prune_model(0.5)
+    assert model.heads.q.out_features == 8 and model.heads.head_dim == 2
 
 
 def test_deformable_convs():

@@ -14,6 +14,7 @@ __all__ = [
     "by_layer",
     "first_names",
     "frozen_of",
+    "layer_of",
     "layers_of",
     "modules_by_name",
     "must_be_module",
@@ -60,6 +61,16 @@ def pick(model: nn.Module, choices: LayerChoice | Iterable[LayerChoice], argumen
         else:
             raise TypeError(f"{argument} takes module names and types, got {choice!r}")
     return chosen
+
+
+def layer_of(parameter: str) -> str:
+    """The layer that a parameter or buffer is named after, also where it is computed of others.
+
+    >>> layer_of("1.conv.weight"), layer_of("1.conv.parametrizations.weight.original0")
+    ('1.conv', '1.conv')
+    """
+    layer = parameter.rpartition(".")[0]
+    return f".{layer}".partition(".parametrizations.")[0][1:]
 
 
 def must_be_module(model: Any) -> None:

@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from ..core.names import first_names, raw_tensors
+from ..core.names import first_names, layer_of, raw_tensors
 from .inputs import Inputs
 from .labels import CONSUME, FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Dim, Factor, Run, dims_of
 from .run import run_labels
@@ -369,5 +369,5 @@ def _outputs(
             names = [owner[int(starts[i])] for i in at.tolist()]
             made = [order.index(n) for n in names if n in order]
             if made:
-                found.append(order[max(made)].rpartition(".")[0])
+                found.append(layer_of(order[max(made)]))
     return tuple(dict.fromkeys(found))

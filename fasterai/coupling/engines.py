@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .inputs import map_tensors, operands_in
-from .tracer import Beside, Tracer
+from .tracer import Beside, Made, Tracer
 
 __all__ = ["Literals", "Muted", "Shapes", "numbers"]
 
@@ -195,12 +195,16 @@ class Muted:
         self, t: Tracer, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         if func in _READING or func._schema.name in _READING_TOO:
-            args = tuple(self._mute(t, x) if isinstance(x, Tensor) else x for x in args)
+            made = t.made_of([x for x in args if t.of(x)])
+            if made is not Made.BUFFERS:
+                whole = made is Made.PARAMETERS
+                args = tuple(self._mute(t, x, whole) if t.of(x) else x for x in args)
         return func(*args, **kwargs)
 
-    def _mute(self, t: Tracer, x: Tensor) -> Tensor:
+    def _mute(self, t: Tracer, x: Tensor, whole: bool) -> Tensor:
+        """Silence in activations, and in parameters (`whole`) where they make activations."""
         for f in t.of(x):
-            if f.source is None and not self.alive[f.labels].all():
+            if (whole or f.source is None) and not self.alive[f.labels].all():
                 x = torch.where(self.alive[f.labels].to(x.device), x, 0)
         return x
 
@@ -214,6 +218,7 @@ _READING = {
     torch.ops.aten.sum.dim_IntList,
 }
 _READING_TOO = {"aten::mv", "aten::addmv", "aten::dot", "torchvision::deform_conv2d"}
+_READING_TOO |= {"aten::_trilinear", "aten::linalg_vector_norm", "aten::norm"}
 
 
 def _abstract(t: Tracer, x: Tensor) -> bool:

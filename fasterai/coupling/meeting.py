@@ -11,10 +11,11 @@ from torch import Tensor
 from ..core.granularity import along
 from .inputs import operands_in
 from .labels import CONSUME, FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Dim, Field
-from .tracer import Tracer
+from .tracer import Made, Tracer
 
 __all__ = [
     "batch_norm",
+    "bilinear",
     "contraction",
     "convolution",
     "deformable",
@@ -117,9 +118,9 @@ def _held(t: Tracer, f: Field, operands: Sequence[Any], name: str) -> Field | No
     bare = {
         d
         for x, shape, own in operands
-        if x not in t.uniform
         for d in f.dims
         if shape[d] > 1 and not any(d in g.dims for g in own)
+        if not t.fits(x, d - len(shape) + x.ndim)
     }
     return t.meet_fixed(f, bare, f"{name} with a tensor of fixed size") if bare else f
 
@@ -134,6 +135,9 @@ def contraction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     da, db = a.ndim - 1, max(b.ndim - 2, 0)
     rows = [f for f in t.of(a) if da not in f.dims]
     columns = [f for f in t.of(b) if db not in f.dims]
+    if name == "mv":
+        t.pin(rows[1:], "flattened behind other channels")  # a kernel's places, in spectral norms
+        rows = rows[:1]
     _contract(t, a, da, b, db, out, biased=bias is not None)
     for x, made in ((a, rows), (b, columns)):
         for f in made:
@@ -174,14 +178,14 @@ def _contract(
         t.said.heads.extend(x for x in (first, second) if min(x.shape) > 1)
         if left.source is None and right.source is None:
             t.products[out] = first.reshape(-1)
-        if left.source is None:
-            t.consume(a, left, right, biased=biased)
-        if right.source is None:
-            t.consume(b, right, left, biased=biased)
+        both = t.made_of((a, b)) is Made.PARAMETERS
+        for x, mine, its in ((a, left, right), (b, right, left)):
+            if mine.source is None:
+                t.consume(x, mine, its, biased=biased, weighing=x in t.fixed and not both)
     elif a.shape[da] > 1:
         reason = "multiplied with a tensor of fixed size or the network's input"
-        for x, f, d in ((a, left, da), (b, right, db)):
-            if f is not None and (b if x is a else a) not in t.uniform:
+        for x, f, d, other, over in ((a, left, da, b, db), (b, right, db, a, da)):
+            if f is not None and not t.fits(other, over):
                 held = t.hold(f, [d], reason)
                 if held is not None and f.source is None:
                     t.consume(x, f)
@@ -194,6 +198,26 @@ def _line(t: Tracer, f: Field, dim: int, ndim: int) -> Tensor:
     if ndim < 3:
         return labels.reshape(1, -1)
     return labels.reshape(labels.shape[0], -1)
+
+
+def bilinear(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Both inputs are read by a weight of shape (out, first, second), as `nn.Bilinear` has it."""
+    first, weight, second = args[:3]
+    if [list(dims) for dims in args[3:7]] != [[1, 3], [0], [1, 2], [2, 3]]:
+        raise NotImplementedError("another order of dimensions")
+    for x, dim in ((first, 1), (second, 2)):
+        columns = t.along(weight, dim)
+        read = t.along(x, 1)
+        t.pin([f for f in t.of(x) if f is not read], "batch of a bilinear layer")
+        t.mark(columns, CONSUME)
+        if read is not None and columns is not None:
+            t.join(read.labels.reshape(-1), columns.labels.reshape(-1))
+            t.consume(x, read)  # what it makes of a constant is not one
+        elif x.shape[1] > 1:
+            t.pin([read, columns], "multiplied with a tensor of fixed size or the network's input")
+    made = t.along(weight, 0)
+    t.produce(out, weight, made)
+    t.attach(out, [made and Field(along(made.labels.reshape(-1), 1, out.ndim))])
 
 
 def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -346,7 +370,7 @@ def _affine(t: Tracer, p: Any, f: Field | None, dim: int, role: str, reason: str
     if known is not None and f is not None:
         labels = along(known.labels.reshape(-1), dim, f.labels.ndim)
         t.join(f.labels, labels)
-    elif p not in t.uniform:
+    elif not t.fits(p, 0):
         t.pin([f, known], reason)
 
 
@@ -384,17 +408,24 @@ def _scaled(t: Tracer, f: Field, p: Tensor, role: str) -> Field:
 
 
 def weight_norm(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """A weight from directions and lengths, which count the channels that it reads."""
+    """A weight from directions and lengths: its rows are zero where their lengths are.
+
+    What it reads counts in its norms; a cut makes that good, see `computed`. Where there is no
+    length for each row, rows that are zero change the others.
+    """
     v, g = args[:2]
     dim = (args[2] if len(args) > 2 else 0) % v.ndim
     lengths = t.along(g, dim)
+    fields = []
     for f in t.of(v):
-        if f.dims != (dim,):
-            t.mix(f, "weight norm")
-        elif lengths is not None:
+        if f.dims == (dim,) and lengths is not None:
             t.join(f.labels, lengths.labels)
-            t.mark(lengths, FOLLOW)
-    t.attach(out[0], [Field(f.labels, f.source) for f in t.of(v)])
+            t.mark(f, FOLLOW)
+            f = Field(f.labels, lengths.source)
+        elif dim:
+            t.mix(f, "weight norm")
+        fields.append(f)
+    t.attach(out[0], fields)
     t.attach(out[1], [lengths])
 
 

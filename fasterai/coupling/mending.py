@@ -83,9 +83,11 @@ def shared_sizes(model: nn.Module, analysis: Analysis) -> list[tuple[int, int]]:
     """Pairs of classes whose blocks share an integer of a module, such as the width of a head."""
     modules = dict(model.named_modules())
     first: dict[tuple[str, str], int] = {}
+    pinned = np.zeros(len(analysis.classes), dtype=bool)
+    pinned[list(analysis.pinned)] = True
     pairs = []
     for grid, makers in zip(analysis.grids, analysis.makers, strict=True):
-        if (grid < 0).any():
+        if (grid < 0).any() or pinned[grid].all():  # what keeps its size ties nothing
             continue
         c = int(grid.flat[0])
         for name in {m for p in makers for m in around(p)}:
@@ -214,6 +216,11 @@ def _linear(linear: nn.Linear) -> dict[str, int]:
     return {"in_features": linear.weight.shape[1], "out_features": linear.weight.shape[0]}
 
 
+def _bilinear(layer: nn.Bilinear) -> dict[str, int]:
+    out, first, second = layer.weight.shape
+    return {"in1_features": first, "in2_features": second, "out_features": out}
+
+
 def _norm(norm: Any) -> dict[str, int]:
     known = norm.weight if norm.weight is not None else norm.running_mean
     return {} if known is None else {"num_features": known.numel()}
@@ -259,6 +266,7 @@ _VECTORS = ("weight", "bias", "running_mean", "running_var")
 _LAYERS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     nn.modules.conv._ConvNd: _conv,
     nn.Linear: _linear,
+    nn.Bilinear: _bilinear,
     nn.modules.batchnorm._BatchNorm: _norm,
     nn.modules.instancenorm._InstanceNorm: _norm,
     nn.LayerNorm: _layer_norm,

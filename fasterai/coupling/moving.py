@@ -272,7 +272,7 @@ def _one_behind_the_other(t: Tracer, parts: Sequence[Tensor], dim: int) -> list[
         for other in here[1:]:
             t.join(here[0].labels, other.labels)
         first = max(here, key=lambda f: len(f.dims))
-        bare = [x for x in parts if not any(d in f.dims for f in t.of(x)) and x not in t.uniform]
+        bare = [x for x in parts if not any(d in f.dims for f in t.of(x)) and not t.fits(x, d)]
         if bare and parts[0].shape[d] > 1:
             held = t.hold(first, [d], "cat with a tensor of fixed size")
             if held is None:

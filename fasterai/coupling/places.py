@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core.names import layer_of
 from .hooks import hooked
 from .inputs import Inputs
 from .labels import CONSUME, PRODUCE
@@ -117,4 +118,4 @@ def _layers(model: nn.Module, coupling: Coupling, role: str) -> list[str]:
     named = dict(model.named_parameters(remove_duplicate=False))
     slots = [s.parameter for axis in coupling.axes for s in axis.having(role)]
     shared = {id(named[name]) for name in slots if name in named}
-    return [name.rpartition(".")[0] for name, p in named.items() if id(p) in shared]
+    return [layer_of(name) for name, p in named.items() if id(p) in shared]

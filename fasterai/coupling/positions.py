@@ -67,7 +67,10 @@ def columns_of(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Mean, sum, ... over positions pass the channels; over channels they mix them."""
+    """Mean, max, ... over positions pass the channels; over channels they mix them.
+
+    Sums and norms of activations do not: zeros add nothing to them.
+    """
     name = func._schema.name.removeprefix("aten::")
     x, results = args[0], [out] if isinstance(out, Tensor) else list(out)
     gone = _reduced(func, args, kwargs, x.ndim)
@@ -76,7 +79,7 @@ def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         kept = [d for d in f.dims if d not in gone]
         if not kept:
             t.consume(x, f, summed=True)
-            if name != "sum":
+            if name != "sum" and (f.source is not None or not _a_norm(name, args)):
                 t.mix(f, f"{name} over channels")
             continue
         f = t.merge(f, [d for d in f.dims if d in gone])
@@ -85,6 +88,12 @@ def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         fields.append(f)
     for result in results:
         t.attach(result, fields if result.is_floating_point() or result.dtype == torch.bool else [])
+
+
+def _a_norm(name: str, args: Any) -> bool:
+    """Whether it is a norm to which zeros add nothing."""
+    order = args[1] if len(args) > 1 else 2
+    return "norm" in name and (order is None or float(order) >= 0)
 
 
 def _reduced(func: Any, args: Any, kwargs: Any, ndim: int) -> set[int]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .inputs import operands_in
 from .meeting import (
     batch_norm,
+    bilinear,
     contraction,
     convolution,
     deformable,
@@ -45,16 +46,17 @@ def follow(
     for x in read:
         if x in t.names:
             t.said.touched.add(t.names[x])
-    operands = [x for x in read if t.of(x)]
+    operands, outs = [x for x in read if t.of(x)], operands_in((out,))
     if not operands:
         if t.origins:
-            t.watch_moving(read, operands_in((out,)))
+            t.watch_moving(read, outs)
+        t.watch_fixed(read, outs)
         return _unlabelled(t, name, func, args, out)
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
     if rule is None and is_pointwise:
         rule = pointwise
     reshaped = any(f.labels.ndim != x.ndim for x in operands for f in t.of(x))  # in place
-    if rule is None or "out" in kwargs or reshaped:
+    if rule is None or reshaped or ("out" in kwargs and rule is not pointwise):
         rule = unknown
     try:
         rule(t, func, args, kwargs, out)
@@ -62,25 +64,34 @@ def follow(
         unknown(t, func, args, kwargs, out)
     if t.origins:
         meet = _MEETS.get(name.removesuffix("_"), "added") if rule is pointwise else ""
-        t.watch_moving(read, operands_in((out,)), meet=meet)
-    return _note_uniform(t, name, args, out)
+        t.watch_moving(read, outs, meet=meet)
+    t.watch_fixed(read, outs)
+    return _note_uniform(t, func, args, out)
 
 
 def _unlabelled(t: Tracer, name: str, func: Any, args: tuple[Any, ...], out: Any) -> None:
     """Products of channels, single channels and constants carry no labels."""
     if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
         note_factor(t, name.removesuffix("_"), args, out)
-    _note_uniform(t, name, args, out)
+    _note_uniform(t, func, args, out)
 
 
-def _note_uniform(t: Tracer, name: str, args: tuple[Any, ...], out: Any) -> None:
-    """Constants of one value, made in the run, fit any width, where their code follows it."""
-    if isinstance(out, Tensor):
-        moved = RULES.get(name) is movement and args[0] in t.uniform
-        if (name in _FILLS and not t.of(out)) or moved:
-            t.uniform[out] = True
-        else:
-            t.uniform.pop(out, None)
+def _note_uniform(t: Tracer, func: Any, args: tuple[Any, ...], out: Any) -> None:
+    """Constants of one value, made in the run, fit any width, where their code follows it.
+
+    So does what is repeated along a dimension, as norms are that channels are divided by.
+    """
+    if not isinstance(out, Tensor):
+        return
+    name = func._schema.name.removeprefix("aten::")
+    if name in _FILLS and not t.of(out):
+        t.fill(out)
+    elif func._schema.is_mutable:
+        t.overwritten(out)
+    elif name == "expand":
+        lead = out.ndim - args[0].ndim
+        own = [1] * lead + list(args[0].shape)
+        t.spread(out, [d for d, n in enumerate(own) if n == 1 < out.shape[d]])
 
 
 _MEETS = {"mul": "multiplied", "div": "scaled", "where": "scaled", "masked_fill": "scaled"}
@@ -124,7 +135,8 @@ RULES: dict[str, Rule] = _table(
         shuffling: "channel_shuffle native_channel_shuffle",
         padding: "constant_pad_nd",
         indexing: "index index_select gather take_along_dim",
-        contraction: "mm addmm bmm baddbmm mv addmv dot",
+        contraction: "mm addmm bmm baddbmm mv addmv dot vdot",
+        bilinear: "_trilinear",
         convolution: "convolution",
         deformable: "torchvision::deform_conv2d",
         embedding: "embedding",

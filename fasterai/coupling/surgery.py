@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..core.names import raw_tensors
@@ -258,13 +259,20 @@ def _recompute(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         for hook in _recomputing(module):
             with torch.no_grad():
-                hook(module, ())
+                if isinstance(hook, SpectralNorm):  # in train mode it would change its vectors
+                    weight = hook.compute_weight(module, do_power_iteration=False)
+                    setattr(module, hook.name, weight)
+                else:
+                    hook(module, ())
 
 
 def _recomputing(module: nn.Module) -> list[Any]:
     """The hooks that make a weight of others."""
     hooks = module._forward_pre_hooks.values()
-    return [hook for hook in hooks if isinstance(hook, BasePruningMethod | WeightNorm)]
+    return [hook for hook in hooks if isinstance(hook, _MAKERS)]
+
+
+_MAKERS = BasePruningMethod, WeightNorm, SpectralNorm
 
 
 def _must_agree(model: nn.Module, layers: Sequence[nn.Module]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -14,12 +15,24 @@ from ..core.granularity import along
 from ..core.names import raw_tensors
 from .labels import FOLLOW, PRODUCE, Arrival, Dim, Factor, Field, Run
 
-__all__ = ["Beside", "Engine", "Tracer"]
+__all__ = ["Beside", "Engine", "Made", "Tracer"]
 
 _MOST = 1 << 20  # labels beside a tensor; tables of positions, spread over pairs, have more
 
 # Executes an operation for a tracer: (tracer, operation, args, kwargs) -> result.
 Engine = Callable[["Tracer", Any, tuple[Any, ...], Mapping[str, Any]], Any]
+
+
+class Made(Enum):
+    """What operands are made of: of inputs, too; of parameters alone; or of these and buffers.
+
+    What parameters alone make, such as a product of two, follows what a cut leaves of them. What
+    buffers make with them, such as a norm of a weight, stays as it is.
+    """
+
+    INPUTS = "inputs"
+    PARAMETERS = "parameters"
+    BUFFERS = "buffers"
 
 
 class Beside:
@@ -90,7 +103,8 @@ class Tracer(TorchDispatchMode):
         self.moving = beside()  # (labels,) bool: channels that zeros did not make
         self.made = beside()  # by a layer: the name of its weight
         self.products = beside()  # of two activations: the labels they were over
-        self.uniform = beside()  # constants made in the run, of one value
+        self._filled: dict[int, Tensor] = {}  # memory of constants made in the run, of one value
+        self._spread = beside()  # dimensions along which a tensor repeats what follows a width
         self.fixed = beside()  # parameters, buffers and what is made of them alone
         self.together: dict[Dim, dict[Dim, bool]] = {}  # weights that are added to another one
         self.names = beside()
@@ -133,6 +147,23 @@ class Tracer(TorchDispatchMode):
             self.pin([Field(there[:-1].nonzero())], "spread over too many places to follow")
         self.fields[out] = tuple(f for f in known if f not in far)
         return None
+
+    def fill(self, x: Tensor) -> None:
+        """`x` has one value. Its memory counts: factories hand out a tensor of its own for it."""
+        self._filled[_memory(x)] = x
+
+    def spread(self, x: Tensor, dims: Collection[int]) -> None:
+        """`x` repeats itself along these dimensions."""
+        self._spread[x] = frozenset(dims)
+
+    def overwritten(self, x: Tensor) -> None:
+        """Whatever was known of one value in `x` is known no more."""
+        self._filled.pop(_memory(x), None)
+        self._spread.pop(x, None)
+
+    def fits(self, x: Tensor, dim: int) -> bool:
+        """Whether `x` has no size of its own along `dim`, where its code follows a width."""
+        return _memory(x) in self._filled or dim in self._spread.get(x, ())
 
     def join(self, a: Tensor, b: Tensor) -> None:
         """These labels, broadcast against each other, belong together."""
@@ -231,7 +262,6 @@ class Tracer(TorchDispatchMode):
             if x in self.made:
                 name = self.made[x]
                 self.said.used[name] = self.said.used.get(name, 0) + 1
-        fixed = all(x in self.fixed for x in operands)
         bare = any(not self.of(x) and x not in self.fixed for x in operands)  # a map of gates, say
         known = [self.moving[x] for x in operands if x in self.moving]
         if known and meet and bare:
@@ -246,10 +276,24 @@ class Tracer(TorchDispatchMode):
                 for other in known[1:]:
                     moving = moving | other
                 self.moving[out] = moving if zero is None else moving & ~zero
+
+    def watch_fixed(self, operands: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        """Pass on what is made of parameters and buffers alone."""
+        fixed = all(x in self.fixed for x in operands)
+        for out in outs:
             if fixed:
                 self.fixed[out] = True
             else:
                 self.fixed.pop(out, None)
+
+    def made_of(self, operands: Sequence[Tensor]) -> Made:
+        """What these operands are made of, taken together."""
+        if any(x not in self.fixed for x in operands):
+            return Made.INPUTS
+        sources = (f.source for x in operands for f in self.of(x))
+        if all(s is None or s.parameter in self.parameters for s in sources):
+            return Made.PARAMETERS
+        return Made.BUFFERS
 
     def _labelled(self, operands: Sequence[Tensor]) -> Tensor:
         """(labels,) bool: the channels that have labels there."""
@@ -278,11 +322,15 @@ class Tracer(TorchDispatchMode):
         padded: bool = False,
         biased: bool = False,
         summed: bool = False,
+        weighing: bool = False,
     ) -> None:
-        """The channels of `x` labelled by `seen` are read by a next layer; see `Arrival`."""
+        """The channels of `x` labelled by `seen` are read by a next layer; see `Arrival`.
+
+        Where `x` is `weighing` others, as a weight does, nothing arrives with it.
+        """
         labels = seen.labels.reshape(-1)
         self.said.consumed.append(labels)
-        if self.watch and x.numel():
+        if self.watch and x.numel() and not weighing:
             others = [d for d in range(x.ndim) if d not in seen.dims]
             low, high = (x.amin(others), x.amax(others)) if others else (x, x)
             low, high = (v.flatten().double().cpu() for v in (low, high))
@@ -292,3 +340,7 @@ class Tracer(TorchDispatchMode):
             self.said.arrivals.append(
                 Arrival(labels, low, high, moving, source, padded, biased, summed)
             )
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage()._cdata if x.layout == torch.strided else id(x)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.names import layer_of
 from .analysis import Analysis
 from .blocks import Blocks
 from .labels import FOLLOW, NORMALISED, PRODUCE, SCALE, SHIFT, Dim
@@ -44,8 +45,8 @@ class Slot:
 
     @property
     def module(self) -> str:
-        """Name of the module that owns the parameter."""
-        return self.parameter.rpartition(".")[0]
+        """Name of the layer that the parameter is of."""
+        return layer_of(self.parameter)
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,6 +46,11 @@ class DistillCallback(FitCallback):
         kept: where channels were removed, which of the teacher's stayed: `pruner.plan`, or
             {layer of the teacher: positions}; for 'values'.
         channels: the dimension of the channels in features; -1 for transformers.
+
+    Raises:
+        ValueError, TypeError: at once for an argument that cannot be; before the first step of a
+            fit for a layer that a network does not have; in its first batch where the outputs of
+            both networks, or their features, differ in shape.
     """
 
     order = 1000  # last, so that nothing comes between it and the model or the loss

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..coupling.inputs import Inputs, operands_in, plainly, run_quietly
@@ -126,7 +128,7 @@ def _run(
     model: nn.Module, inputs: Inputs, shapes: bool, looking: _Operations | None
 ) -> dict[str, int]:
     """MACs by module; what else there is to say of the operations, `looking` notes."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     beside = counter if looking is None else looking.beside(counter, None if shapes else model)
     if shapes:
         run_shapes(model, inputs, beside)
@@ -186,7 +188,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         read, made = operands_in((*args, *(kwargs or {}).values())), operands_in((out,))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self._counter.flop_registry.get(func._overloadpacket)
         if formula is not None:
             total = formula(*args, **(kwargs or {}), out_val=out) // 2
             some = self._some(func, args, total) if self._weights else total
@@ -236,8 +238,16 @@ def _continuous(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-_PRODUCTS = """convolution mm addmm bmm baddbmm mv addmv dot _fft_r2c _fft_c2r _fft_c2c
-    torchvision::deform_conv2d"""
+# Of shapes, as torch's own: products of vectors, for which it has none.
+_FORMULAS = {
+    torch.ops.aten.mv: lambda a, *_, **__: 2 * math.prod(a),
+    torch.ops.aten.addmv: lambda _, a, *__, **___: 2 * math.prod(a),
+    torch.ops.aten.dot: lambda a, *_, **__: 2 * math.prod(a),
+    torch.ops.aten.vdot: lambda a, *_, **__: 2 * math.prod(a),
+    torch.ops.aten._trilinear: lambda a, w, b, *_, **__: 2 * a[0] * w[0] * w[2] * (w[1] + 1),
+}
+_PRODUCTS = """convolution mm addmm bmm baddbmm mv addmv dot vdot _trilinear
+    _fft_r2c _fft_c2r _fft_c2c torchvision::deform_conv2d"""
 _MOVING = """index_copy index_put scatter scatter_add scatter_reduce masked_scatter masked_select
     triu tril resize set _unsafe_index cummax cummin median mode kthvalue unique_dim _unique2 renorm
     rot90 random exponential multinomial max_unpool2d"""

@@ -76,6 +76,12 @@ class PruneCallback(ScheduledCallback):
         hold_trackers: `SaveModelCallback`, `EarlyStoppingCallback` and their kind wait for the
             last cut.
 
+    Raises:
+        ValueError, TypeError: at once for an argument that cannot be; before the first step of a
+            fit for a layer that the model does not have, or a model with nothing to remove.
+        UnreachableTarget: before the first step, or, for a time that only measuring shows to be
+            out of reach, at that cut.
+
     Attributes:
         history: every update since the callback first saw the network, in all fits with it, a
             value that can be shown, stored and replayed; see `History`.

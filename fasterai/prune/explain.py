@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.names import layer_of
 from ..coupling.labels import CONSUME
 from ..coupling.units import Axis
 
@@ -143,7 +144,7 @@ def _has_graphviz() -> bool:
 def _in_order(axes: Sequence[Axis], order: Sequence[str]) -> list[str]:
     """All layers, as they run; one that makes no channels behind the last whose it reads."""
     made = dict.fromkeys(name for axis in axes for name in axis.producers)
-    ran = dict.fromkeys(name.rpartition(".")[0] for name in order)
+    ran = dict.fromkeys(layer_of(name) for name in order)
     layers = [name for name in dict.fromkeys([*ran, *made]) if name in made]
     for axis in axes:
         behind = max(layers.index(name) for name in axis.producers) + 1

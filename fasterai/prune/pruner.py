@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion, as_criterion, large_final
 from ..core.former import explain_former
 from ..core.masks import Limits, as_context
-from ..core.names import LayerChoice, pick, plain, tensors_by_name
+from ..core.names import LayerChoice, layer_of, pick, plain, tensors_by_name
 from ..core.processes import refuse_sharded
 from ..core.target import Target
 from ..coupling.couple import couple
@@ -377,7 +377,7 @@ class Pruner:
         tensors = tensors_by_name(self.model)
         idle = [n for n in said.idle if n in tensors and tensors[n].shape[1] in gone]
         if idle:
-            layers = ", ".join(plain(n.rpartition(".")[0] or n) for n in idle[:4])
+            layers = ", ".join(plain(layer_of(n) or n) for n in idle[:4])
             training = f" (in train mode it did not: {said.untrained[:200]})" * bool(said.untrained)
             warnings.warn(
                 f"layers that did not run on the example inputs keep their width, and break where "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..coupling.computed import unchanged
 from ..coupling.inputs import Inputs
 from ..coupling.probe import (
     Removal,
@@ -16,6 +17,7 @@ from ..coupling.probe import (
     cutting,
     gone,
     left_alone,
+    positions_kept,
     settle,
     wiring,
 )
@@ -108,6 +110,8 @@ class Trial:
         if reason is not None:
             return reason
         scales = compensation(self.coupling, self.axes, changes)
+        for dim, factor in unchanged(self.model, positions_kept(*where)).items():
+            scales[dim] = scales[dim] * factor if dim in scales else factor
         added = {} if self.constants is None else self.constants.added(gone(*where))
         plan = cutting(self.model, *where, exact=self._exact, scales=scales, added=added)
         apart = None

@@ -45,6 +45,10 @@ class RegularizeCallback(ScheduledCallback):
         example_inputs: to see which layers are coupled; default the first training batch.
         mixed: with channels that layer, RMS and group norms normalise together.
         whole_heads: attention heads count as a whole.
+
+    Raises:
+        ValueError, TypeError: at once for an argument that cannot be; before the first step of a
+            fit for a layer that the model does not have, or a model with nothing to penalise.
     """
 
     order = ScheduledCallback.order + 1  # behind criteria that read gradients

@@ -59,6 +59,11 @@ class SparsifyCallback(ScheduledCallback):
         hold_trackers: `SaveModelCallback`, `EarlyStoppingCallback`, `ReduceLROnPlateau` and other
             trackers do not judge epochs before the target is reached: the best of those would be
             a network that is less sparse. What every epoch saves (`every_epoch`) goes on.
+
+    Raises:
+        ValueError, TypeError: at once for an argument that cannot be; before the first step of a
+            fit for a layer that the model does not have, a model without layers of this
+            granularity, or a criterion that reads gradients of what has none.
     """
 
     columns = ("sparsity",)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..core.granularity import Granularity, dimensions, maskable_types
-from ..core.names import LayerChoice, as_choices, layers_of, pick, plain
+from ..core.names import LayerChoice, as_choices, layer_of, layers_of, pick, plain
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
 from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE
@@ -121,7 +121,7 @@ def _inside_layers(
     skipped: dict[str, str] = {}
     for name, layer in chosen.items():
         weights = _weights(layer)
-        owners = {parameters[id(w)].rpartition(".")[0] for w in weights.values()}
+        owners = {layer_of(parameters[id(w)]) for w in weights.values()}
         if not owners.isdisjoint(outputs) or name in outputs:  # a tied weight has one name
             skipped[name] = _OUTPUT
             continue
@@ -197,7 +197,7 @@ def _units(
             groups.append(UnitGroups(axis, tensors))
         else:
             skipped[axis.name] = next(filter(None, axis.pins))
-    owners = {id(p): name.rpartition(".")[0] for name, p in tensors.items()}
+    owners = {id(p): layer_of(name) for name, p in tensors.items()}
     for name, layer in chosen.items():
         if isinstance(layer, maskable_types()) and name not in seen:
             owner = next((owners[id(w)] for w in _weights(layer).values()), name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.criteria import Criterion
 from ..core.granularity import blocks_in, over_blocks, spread
 from ..core.masks import zero_marks
+from ..core.names import layer_of
 from ..core.normalise import normalise
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
 from ..core.selection import Cut, write_kept
@@ -269,11 +270,9 @@ class UnitGroups:
 
     def _share(self, parameter: str) -> float:
         """A weight's share of its layer's MACs: attention may have several."""
-        layer = parameter.rpartition(".")[0]
+        layer = layer_of(parameter)
         sizes = {
-            k: p.numel()
-            for k, p in self.tensors.items()
-            if k.rpartition(".")[0] == layer and p.ndim > 1
+            k: p.numel() for k, p in self.tensors.items() if layer_of(k) == layer and p.ndim > 1
         }
         return sizes[parameter] / sum(sizes.values()) if parameter in sizes else 1.0
 

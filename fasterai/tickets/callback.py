@@ -65,6 +65,10 @@ class LotteryTicket:
         mixed: 'filter' also zeroes channels under layer, RMS and group norms.
         whole_heads: attention heads are zeroed as a whole.
 
+    Raises:
+        ValueError, TypeError: an argument that cannot be, a layer that the model does not have, or
+            a criterion that reads gradients.
+
     Attributes:
         tickets: found so far, the least sparse one first.
     """
