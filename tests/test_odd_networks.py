@@ -532,6 +532,47 @@ def test_attention_with_more_keys_than_it_is_given(options):
     assert model.m.embed_dim == 8 and apart(before, model(x)) < 1e-12
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_a_mixture_of_experts():
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.width, self.i = 32, nn.Linear(6, 32)
+            self.router, self.o = nn.Linear(32, 4), nn.Linear(32, 3)
+            self.up = nn.Parameter(torch.randn(4, 48, 32) / 6)
+            self.down = nn.Parameter(torch.randn(4, 32, 48) / 6)
+
+        def forward(self, x):
+            h = self.i(x).view(-1, self.width)
+            expert = self.router(h).argmax(1)
+            order = expert.argsort()
+            ends = F.one_hot(expert, 4).sum(0).cumsum(0).to(torch.int32)
+            y = F.grouped_mm(h[order], self.up.transpose(1, 2), offs=ends).relu()
+            y = F.grouped_mm(y, self.down.transpose(1, 2), offs=ends)
+            return self.o(h + y[order.argsort()])
+
+    def by_hand(model, x):
+        h = model.i(x)
+        expert = model.router(h).argmax(1)
+        pairs = [(model.up[e], model.down[e]) for e in expert]
+        y = [down @ (up @ v).relu() for v, (up, down) in zip(h, pairs, strict=True)]
+        return model.o(h + torch.stack(y))
+
+    model, x = Mixture(), torch.randn(16, 6)
+    assert macs(model, x)[""] == 6 * 32 + 32 * 4 + 2 * 48 * 32 + 32 * 3
+    assert apart(by_hand(model, x), model(x)) < 1e-5
+    with torch.no_grad():
+        model.up[:, ::2] = 0
+    before = model(x)
+    Pruner(model, x).prune_model()
+    assert model.up.shape == (4, 24, 32) and model.down.shape == (4, 32, 24)
+    assert apart(before, model(x)) < 1e-5
+    model = Mixture()
+    Pruner(model, x).prune_model(0.5)
+    assert model.up.shape == (4, 24, 16) and model.width == model.router.in_features == 16
+
+
 def test_weights_that_are_products():
     """A learned query that a layer reads, and an adapter's product that is added to a weight."""
 

@@ -218,7 +218,7 @@ _READING = {
     torch.ops.aten.sum.dim_IntList,
 }
 _READING_TOO = {"aten::mv", "aten::addmv", "aten::dot", "torchvision::deform_conv2d"}
-_READING_TOO |= {"aten::_trilinear", "aten::linalg_vector_norm", "aten::norm"}
+_READING_TOO |= {"aten::_trilinear", "aten::_grouped_mm", "aten::linalg_vector_norm", "aten::norm"}
 
 
 def _abstract(t: Tracer, x: Tensor) -> bool:

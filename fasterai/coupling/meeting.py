@@ -20,6 +20,7 @@ __all__ = [
     "convolution",
     "deformable",
     "embedding",
+    "experts",
     "group_norm",
     "layer_norm",
     "note_factor",
@@ -218,6 +219,19 @@ def bilinear(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     made = t.along(weight, 0)
     t.produce(out, weight, made)
     t.attach(out, [made and Field(along(made.labels.reshape(-1), 1, out.ndim))])
+
+
+def experts(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Rows of (N, K), in order of their experts, are each read by one of weights (E, K, M)."""
+    x, weight = args[:2]
+    if (x.ndim, weight.ndim) != (2, 3):
+        raise NotImplementedError("a product for the gradient, of which networks have none")
+    t.pin(t.along(weight, 0) and [t.along(weight, 0)], "experts")
+    _contract(t, x, 1, weight, 1, out, biased=False)
+    made = t.along(weight, 2)
+    t.produce(out, weight, made)
+    rows = [f for f in t.of(x) if 1 not in f.dims]
+    t.attach(out, [*rows, made and Field(made.labels.reshape(1, -1))])
 
 
 def convolution(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:

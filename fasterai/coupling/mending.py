@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .analysis import Analysis
-from .labels import PRODUCE, Dim
+from .labels import CONSUME, PRODUCE, Dim
 
 __all__ = [
     "Mend",
@@ -52,6 +52,7 @@ def mends(
     """
     modules = dict(model.named_modules())
     rows: dict[str, dict[int, set[int]]] = {}  # how wide layers are
+    reads: dict[str, dict[int, set[int]]] = {}  # how wide what they read is
     sizes: dict[str, dict[int, set[int]]] = {}  # how long the lines of grids are
     numbers: dict[str, dict[int, set[int]]] = {}  # how many
     for dim, index in kept.items():
@@ -59,6 +60,9 @@ def mends(
         if analysis.roles.get(dim) == PRODUCE and old != len(index):
             for name in around(dim.parameter):
                 rows.setdefault(name, {}).setdefault(old, set()).add(len(index))
+        elif analysis.roles.get(dim) == CONSUME and old != len(index):
+            owner = dim.parameter.rpartition(".")[0]
+            reads.setdefault(owner, {}).setdefault(old, set()).add(len(index))
     for grid, makers in zip(analysis.grids, analysis.makers, strict=True):
         changes = _shrunk(grid, gone)
         if not changes:
@@ -70,9 +74,9 @@ def mends(
             for old, new in _widths(grid.shape, changes):
                 sizes.setdefault(name, {}).setdefault(old, set()).add(new)
     found = []
-    for name in rows.keys() | sizes.keys() | numbers.keys():
+    for name in rows.keys() | reads.keys() | sizes.keys() | numbers.keys():
         for attribute, value, number in integers_in(modules[name]):
-            widths = {**rows.get(name, {}), **sizes.get(name, {})}
+            widths = {**reads.get(name, {}), **rows.get(name, {}), **sizes.get(name, {})}
             new = _renewed(value, numbers.get(name, {}) if number else widths)
             if new != value:
                 found.append((modules[name], attribute, new))

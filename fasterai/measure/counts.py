@@ -238,7 +238,7 @@ def _continuous(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-# Of shapes, as torch's own: products of vectors, for which it has none.
+# Of shapes, as torch's own: products for which it has none.
 _FORMULAS = {
     torch.ops.aten.mv: lambda a, *_, **__: 2 * math.prod(a),
     torch.ops.aten.addmv: lambda _, a, *__, **___: 2 * math.prod(a),
@@ -246,7 +246,9 @@ _FORMULAS = {
     torch.ops.aten.vdot: lambda a, *_, **__: 2 * math.prod(a),
     torch.ops.aten._trilinear: lambda a, w, b, *_, **__: 2 * a[0] * w[0] * w[2] * (w[1] + 1),
 }
-_PRODUCTS = """convolution mm addmm bmm baddbmm mv addmv dot vdot _trilinear
+if hasattr(torch.ops.aten, "_grouped_mm"):
+    _FORMULAS[torch.ops.aten._grouped_mm] = lambda x, w, *_, **__: 2 * math.prod(x) * w[-1]
+_PRODUCTS = """convolution mm addmm bmm baddbmm mv addmv dot vdot _trilinear _grouped_mm
     _fft_r2c _fft_c2r _fft_c2c torchvision::deform_conv2d"""
 _MOVING = """index_copy index_put scatter scatter_add scatter_reduce masked_scatter masked_select
     triu tril resize set _unsafe_index cummax cummin median mode kthvalue unique_dim _unique2 renorm
