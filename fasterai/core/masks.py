@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import is_number, whole
 from .ranking import Ranking, ScoreRanking, pieces
-from .selection import Cut, cut_lowest, write_kept
+from .selection import Cutoff, cut_lowest, write_kept
 from .target import refuse_target
 
 __all__ = [
@@ -122,7 +122,7 @@ def choose_cuts(
     sizes: Sequence[int] | None = None,
     widths: Sequence[int] | None = None,
     limits: Limits = Limits(),
-) -> list[Cut | None]:
+) -> list[Cutoff | None]:
     """Where to cut each layer's ranking; None leaves it at what is held. See `select`.
 
     Raises:
@@ -150,7 +150,7 @@ def choose_cuts(
     return cuts
 
 
-def zero_marks(ranking: ScoreRanking, cut: Cut | None) -> Tensor:
+def zero_marks(ranking: ScoreRanking, cut: Cutoff | None) -> Tensor:
     """(size,) bool, True for what goes; without a cut, for what is held."""
     if cut is None:
         return ranking.marks.clone()
@@ -168,17 +168,17 @@ def _prepare(rankings: Sequence[Ranking]) -> None:
             ranking.dtype = torch.float64
 
 
-def _within(ranking: Ranking, n: int) -> Cut | None:
+def _within(ranking: Ranking, n: int) -> Cutoff | None:
     return cut_lowest([ranking], n)[0] if n > ranking.held else None
 
 
-def _together(rankings: Sequence[Ranking], n: int, most: Sequence[int]) -> list[Cut | None]:
+def _together(rankings: Sequence[Ranking], n: int, most: Sequence[int]) -> list[Cutoff | None]:
     """The `n` lowest over all layers, in none of them more than its `most`.
 
     A layer that would go beyond its bound is filled up to it and leaves the ranking; the others
     share what remains. Their threshold only rises by that, so a filled layer stays filled.
     """
-    cuts: list[Cut | None] = [None] * len(rankings)
+    cuts: list[Cutoff | None] = [None] * len(rankings)
     ranked = list(range(len(rankings)))
     while ranked and n > sum(rankings[i].held for i in ranked):
         for i, cut in zip(ranked, cut_lowest([rankings[i] for i in ranked], n), strict=True):

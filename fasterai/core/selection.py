@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .ranking import Ranking, pieces
 
-__all__ = ["Cut", "cut_lowest", "write_kept"]
+__all__ = ["Cutoff", "cut_lowest", "write_kept"]
 
 _FEW = 1 << 13  # scores that are cheaper to sort out at once than to sample
 _PART = 16  # one in so many scores may be collected
@@ -29,7 +29,7 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @dataclass(frozen=True)
-class Cut:
+class Cutoff:
     """Which groups of a layer go: those that score below a threshold, and some that equal it.
 
     Args:
@@ -45,7 +45,7 @@ class Cut:
     ties: int = 0
 
 
-def cut_lowest(rankings: Sequence[Ranking], n: int) -> list[Cut]:
+def cut_lowest(rankings: Sequence[Ranking], n: int) -> list[Cutoff]:
     """The `n` first of all groups: a cut for each layer.
 
     Equal scores go in the order of the layers, then of the groups.
@@ -60,18 +60,18 @@ def cut_lowest(rankings: Sequence[Ranking], n: int) -> list[Cut]:
     if n >= sum(r.size for r in rankings):
         for ranking in rankings:
             ranking.check()
-        return [Cut(math.inf, r.size) for r in rankings]
+        return [Cutoff(math.inf, r.size) for r in rankings]
     threshold, places = _search(rankings, n)
     rest = n - sum(less for less, _ in places)
     cuts = []
     for less, equal in places:
         ties = min(equal, rest)
         rest -= ties
-        cuts.append(Cut(threshold, less + ties, equal, ties))
+        cuts.append(Cutoff(threshold, less + ties, equal, ties))
     return cuts
 
 
-def write_kept(ranking: Ranking, cut: Cut, out: Tensor) -> None:
+def write_kept(ranking: Ranking, cut: Cutoff, out: Tensor) -> None:
     """Write what stays: 1 into a bool or uint8 tensor of the scores' shape, 0 for what goes."""
     gone = 0  # of the groups that score the threshold
     for scores, part in zip(ranking.scores(), pieces(out), strict=True):

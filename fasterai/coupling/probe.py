@@ -122,11 +122,11 @@ def wiring(
 
     The second value tells which factors change with the cut; see `replay`, also for `modes`.
     """
-    plan = cutting(model, coupling, axes, remove, exact=exact)
+    how = cutting(model, coupling, axes, remove, exact=exact)
     try:
-        with shadowed(model, plan, shapes=coupling.analysis.shapes):
-            alone = left_alone(coupling, plan.kept)
-            return None, replay(model, inputs, coupling, plan.kept, alone, modes=modes)
+        with shadowed(model, how, shapes=coupling.analysis.shapes):
+            alone = left_alone(coupling, how.kept)
+            return None, replay(model, inputs, coupling, how.kept, alone, modes=modes)
     except Exception as error:  # whatever a cut network may raise
         return broken(error), []
 

@@ -54,7 +54,7 @@ class Cut:
 
 def cut(
     model: nn.Module,
-    plan: Cut,
+    how: Cut,
     data: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Callable[[], None]:
     """Carry out a cut; returns a function that undoes it.
@@ -65,7 +65,7 @@ def cut(
 
     Args:
         model: the network, changed in place.
-        plan: what stays.
+        how: what stays.
         data: what to put in the place of parameters and buffers, instead of cutting them.
 
     Raises:
@@ -73,15 +73,15 @@ def cut(
             inference tensors; the model is as it was.
     """
     tensors = raw_tensors(model)
-    kept, scratch = positions_by_name(plan.kept), {}
+    kept, scratch = positions_by_name(how.kept), {}
     left = dict(data)
-    for name in dict.fromkeys((*kept, *plan.steps)):
+    for name in dict.fromkeys((*kept, *how.steps)):
         if name not in data:
-            how = kept.get(name, {}), plan.steps.get(name, ())
-            left[name] = smaller(tensors[name], *how, scratch)
+            steps = how.steps.get(name, ())
+            left[name] = smaller(tensors[name], kept.get(name, {}), steps, scratch)
     _must_be_changeable({name: tensors[name] for name in left})
     changed = {id(tensors[n]) for n, x in left.items() if x.shape != tensors[n].shape}
-    concerned = dict.fromkeys((*_owners(model, changed), *plan.attributes))
+    concerned = dict.fromkeys((*_owners(model, changed), *how.attributes))
     whole = [m for m in concerned if agrees(m)]
     undo: list[Callable[[], None]] = [lambda: _recompute(concerned)]
 
@@ -94,7 +94,7 @@ def cut(
             undo.append(_putting_back(tensors[name]))
             _swap(tensors[name], data)
         _recompute(concerned)
-        _mend(model, changed, plan, undo)
+        _mend(model, changed, how, undo)
         _must_agree(model, whole)
     except BaseException:  # an interrupt, too, must not leave half a cut
         put_back()
@@ -103,23 +103,23 @@ def cut(
 
 
 @contextmanager
-def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[None]:
+def shadowed(model: nn.Module, how: Cut, *, shapes: bool = False) -> Iterator[None]:
     """A model as it would be after `cut`, with other tensors: its own are not touched.
 
     Args:
         model: the network, as before afterwards.
-        plan: what stays.
+        how: what stays.
         shapes: the other tensors have no numbers.
     """
     tensors = raw_tensors(model)
     shadows: dict[int, Tensor] = {}
-    kept, scratch = positions_by_name(plan.kept), {}
-    for name in dict.fromkeys((*kept, *plan.steps)):
+    kept, scratch = positions_by_name(how.kept), {}
+    for name in dict.fromkeys((*kept, *how.steps)):
         cuts = kept.get(name, {})
         if shapes:
             data = _outline(tensors[name], cuts)
         else:
-            data = smaller(tensors[name], cuts, plan.steps.get(name, ()), scratch)
+            data = smaller(tensors[name], cuts, how.steps.get(name, ()), scratch)
         is_parameter = isinstance(tensors[name], nn.Parameter)
         shadows[id(tensors[name])] = nn.Parameter(data, False) if is_parameter else data
     if shapes:  # what makes a weight of several cannot compute with numbers and shapes alike
@@ -137,7 +137,7 @@ def shadowed(model: nn.Module, plan: Cut, *, shapes: bool = False) -> Iterator[N
                         undo.append(lambda o=own, n=name, t=tensor: o.update({n: t}))
                         own[name] = shadows[id(tensor)]  # an interrupt may come in between
         _recompute(model.modules())
-        _mend(model, {id(s) for s in shadows.values()}, plan, undo)
+        _mend(model, {id(s) for s in shadows.values()}, how, undo)
         yield
     finally:
         for step in reversed(undo):
@@ -237,7 +237,7 @@ def _owners(model: nn.Module, ids: set[int]) -> list[nn.Module]:
     return [m for m in model.modules() if any(id(t) in ids for t in held(m))]
 
 
-def _mend(model: nn.Module, cut: set[int], plan: Cut, undo: list[Callable[[], None]]) -> None:
+def _mend(model: nn.Module, cut: set[int], how: Cut, undo: list[Callable[[], None]]) -> None:
     """Let integers follow the tensors that were cut, noting how to undo it."""
     owners = _owners(model, cut)
     for module in owners:
@@ -246,10 +246,10 @@ def _mend(model: nn.Module, cut: set[int], plan: Cut, undo: list[Callable[[], No
             _set(module, "_flat_weights", weights, undo)
         for attribute, value in layer_integers(module).items():
             _set(module, attribute, value, undo)
-    for module, attribute, value in plan.integers:
+    for module, attribute, value in how.integers:
         if module not in owners or attribute not in layer_integers(module):
             _set(module, attribute, value, undo)
-    for module, attributes in plan.attributes.items():
+    for module, attributes in how.attributes.items():
         for attribute, value in attributes.items():
             _set(module, attribute, value, undo)
 

@@ -99,9 +99,9 @@ class Budget:
         """What the network costs, or would without these units; None where it cannot run so."""
         if not remove:
             return self._measure()
-        plan = cutting(self.model, self.coupling, self.axes, remove)
+        how = cutting(self.model, self.coupling, self.axes, remove)
         only = self.coupling.analysis.shapes and self.target.kind != "bytes"
-        with shadowed(self.model, plan, shapes=only):
+        with shadowed(self.model, how, shapes=only):
             return self._measure()
 
     def dense(self) -> float:

@@ -344,7 +344,7 @@ class Pruner:
             stay.extend((axes[a].name, u, reason) for u in units)
         asked = any(bool(u.any()) for u in wanted.values())
         before = sum(plan.removed > 0 for plan in self._plans)
-        plan = make_plan(self.model, axes, remove, trial.plan, before)
+        plan = make_plan(self.model, axes, remove, trial.how, before)
         return Decision(plan, stay, asked, trial.apart)
 
     def _carry_out(self, decision: Decision, optimizer: Any) -> Plan:

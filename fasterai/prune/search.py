@@ -184,7 +184,7 @@ class _Swarm:
         where = self._pruner.model, self._pruner.inputs, self._coupling, self._axes
         trial = Trial(*where, verify=False)
         trial.settle({a: units for a, units in self.removal(state).items() if units.any()})
-        return trial.plan
+        return trial.how
 
     def first(self, particles: int, start: Any, noise: float, generator: torch.Generator) -> Tensor:
         """(particles, U) normal numbers, or near to the ranks of a criterion."""

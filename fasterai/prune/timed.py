@@ -56,8 +56,8 @@ class TimedBudget(Budget):
         """Milliseconds that the network takes, or would without these units."""
         if not remove or not any(bool(units.any()) for units in remove.values()):
             return self._now
-        plan = cutting(self.model, self.coupling, self.axes, remove)
-        states = nullcontext, partial(shadowed, self.model, plan)
+        how = cutting(self.model, self.coupling, self.axes, remove)
+        states = nullcontext, partial(shadowed, self.model, how)
         now, then = self._alternating(states)
         return then / now * self._now  # drift of the machine does not count
 

@@ -54,7 +54,7 @@ class Trial:
     Attributes:
         failed: why axes could not be cut, by their place in the list of all.
         apart: how far the outputs were apart in the last trial that went well.
-        plan: the cut that was tried in it.
+        how: the cut that was tried in it.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Trial:
         self._exact = constants is not None
         self.failed: dict[int, str] = {}
         self.apart: Differences | None = None
-        self.plan = Cut({})
+        self.how = Cut({})
 
     def settle(self, wanted: Removal) -> Removal:
         """Those of the axes that can be cut together, found by halving where it fails.
@@ -93,7 +93,7 @@ class Trial:
         mixed = [a for a in wanted if not self._exact and self.axes[a].mixed is not None]
         others = [a for a in wanted if a not in mixed]
         good: list[int] = []
-        self.failed, self.apart, self.plan = {}, None, Cut({})
+        self.failed, self.apart, self.how = {}, None, Cut({})
         for more in (others, mixed) if self.verify else (others + mixed,):
             good = settle(
                 good,
@@ -113,23 +113,23 @@ class Trial:
         for dim, factor in unchanged(self.model, positions_kept(*where)).items():
             scales[dim] = scales[dim] * factor if dim in scales else factor
         added = {} if self.constants is None else self.constants.added(gone(*where))
-        plan = cutting(self.model, *where, exact=self._exact, scales=scales, added=added)
+        how = cutting(self.model, *where, exact=self._exact, scales=scales, added=added)
         apart = None
         if self.verify and (self._exact or all(self.axes[a].mixed is None for a in remove)):
             before = self._expected(remove)
             try:
-                with shadowed(self.model, plan):
-                    after = observe(self.model, self.inputs, self.coupling, plan.kept)
+                with shadowed(self.model, how):
+                    after = observe(self.model, self.inputs, self.coupling, how.kept)
                 apart = differences(before.outputs, after.outputs)
             except Exception as error:  # whatever a cut network may raise
                 return broken(error)
             if not apart.small:
                 return f"cutting it changes the outputs by {apart.relative:.2g} of the largest"
             unknown = [int(c) for change in changes for c in change.over]
-            unknown += left_alone(self.coupling, plan.kept)  # a single channel carries no label
+            unknown += left_alone(self.coupling, how.kept)  # a single channel carries no label
             if not self._same(remove, unknown, before.peaks, after.peaks):
                 return "cutting it changes what arrives at other layers"
-        self.apart, self.plan = apart or self.apart, plan
+        self.apart, self.how = apart or self.apart, how
         return None
 
     def _expected(self, remove: Removal) -> Observation:

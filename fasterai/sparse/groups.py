@@ -16,7 +16,7 @@ from ..core.masks import zero_marks
 from ..core.names import layer_of
 from ..core.normalise import normalise
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
-from ..core.selection import Cut, write_kept
+from ..core.selection import Cutoff, write_kept
 from ..coupling.labels import PRODUCE, SCALE, SHIFT
 from ..coupling.ranking import ranked_bundles, zeroed_units
 from ..coupling.units import Axis
@@ -121,7 +121,7 @@ def ranking_of(
 
 
 def write_cut(
-    groups: Groups, ranking: Ranking, cut: Cut | None, masks: Mapping[str, Tensor]
+    groups: Groups, ranking: Ranking, cut: Cutoff | None, masks: Mapping[str, Tensor]
 ) -> None:
     """Put 0 for what goes into masks of 1; without a cut, for what is held."""
     if isinstance(ranking, ScoreRanking):

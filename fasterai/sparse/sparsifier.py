@@ -17,7 +17,7 @@ from ..core.names import LayerChoice, frozen_of, plain, unknown_name, unwrapped
 from ..core.processes import Processes, refuse_sharded
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
 from ..core.records import Records, refuse_equal, stand_in
-from ..core.selection import Cut
+from ..core.selection import Cutoff
 from ..coupling.ranking import require_scales
 from ..coupling.units import FROZEN
 from ..measure.profile import macs
@@ -314,7 +314,7 @@ class Sparsifier:
 
     def _zero(self, targets: Sequence[float]) -> None:
         counts, rankings = self._counts(targets), self._rankings()
-        cuts: list[Cut | None] = [None] * len(rankings)
+        cuts: list[Cutoff | None] = [None] * len(rankings)
         if self._more(counts, [r.held for r in rankings]):
             scores = self.scores() if self._keeps_scores else []
             if scores:
@@ -387,7 +387,7 @@ class Sparsifier:
             return left and counts > sum(held)
         return any(min(n, m) > h for n, m, h in zip(counts, most, held, strict=True))
 
-    def _set(self, rankings: Sequence[Ranking], cuts: Sequence[Cut | None]) -> None:
+    def _set(self, rankings: Sequence[Ranking], cuts: Sequence[Cutoff | None]) -> None:
         pairs = zip(self._groups, rankings, strict=True)
         whole = {g.parameter for g, r in pairs if isinstance(r, ElementRanking)}
         for name, mask in self.masks.items():
