@@ -573,6 +573,47 @@ def test_a_mixture_of_experts():
     assert model.up.shape == (4, 24, 16) and model.width == model.router.in_features == 16
 
 
+class Heads(nn.Module):
+    """Queries and keys that are normalised head by head, with one scale for all heads."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale = nn.Parameter(torch.rand(6) + 0.5)
+        self.q, self.k, self.v = (nn.Linear(12, 24) for _ in range(3))
+        self.o = nn.Linear(24, 5)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k = (self.scale * y * (y.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
+        y = (q @ k.mT).softmax(-1) @ v
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_heads_that_are_normalised_one_by_one():
+    model = Heads()
+    Pruner(model, torch.randn(2, 7, 12)).prune_model(0.5)
+    assert model.q.out_features == model.k.out_features == model.v.out_features == 12
+    assert len(model.scale) == 3
+    model.train()(torch.randn(3, 5, 12)).sum().backward()
+
+
+def test_maxima_of_pieces_go_with_their_pieces():
+    class Maxout(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.o = nn.Linear(6, 24), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.o(self.a(x).unflatten(1, (-1, 3)).amax(2))
+
+    model, x = Maxout().double(), torch.randn(4, 6, dtype=torch.float64)
+    pruner = Pruner(model, x)
+    pruner.prune_model(0.5)
+    assert (model.a.out_features, model.o.in_features) == (12, 4)
+
+
 def test_weights_that_are_products():
     """A learned query that a layer reads, and an adapter's product that is added to a weight."""
 

@@ -69,7 +69,8 @@ def columns_of(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Mean, max, ... over positions pass the channels; over channels they mix them.
 
-    Sums and norms of activations do not: zeros add nothing to them.
+    Sums and norms of activations do not: zeros add nothing to them. What keeps its dimension is a
+    statistic of each line, of each head say, and lines stay; else it is a channel made of a line.
     """
     name = func._schema.name.removeprefix("aten::")
     x, results = args[0], [out] if isinstance(out, Tensor) else list(out)
@@ -77,8 +78,12 @@ def reduction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     fields = []
     for f in t.of(x):
         kept = [d for d in f.dims if d not in gone]
-        if not kept:
+        inside = [d for d in f.dims if d in gone]
+        of_lines = kept and inside and results[0].ndim == x.ndim and min(inside) > max(kept)
+        if not kept or of_lines:
             t.consume(x, f, summed=True)
+            if of_lines:
+                t.grid(f.labels)
             if name != "sum" and (f.source is not None or not _a_norm(name, args)):
                 t.mix(f, f"{name} over channels")
             continue
