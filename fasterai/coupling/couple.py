@@ -21,7 +21,6 @@ from .units import Axis, Coupling, units_of
 __all__ = ["couple"]
 
 _ROUNDS = 6
-_ALIGNED = 8
 _FEW = 8  # so many siblings are also tried one by one
 
 
@@ -169,8 +168,7 @@ def _siblings(coupling: Coupling, axes: Sequence[int]) -> list[tuple[int, ...]]:
 def _some(axis: Axis, generator: torch.Generator) -> Tensor:
     """Between a third and two thirds of the bundles: at random, or of each block others in a row.
 
-    Places in a row, elsewhere in each block, show best that code orders the blocks anew. Where
-    there are none, a multiple of eight stays of one, for kernels that take no other widths.
+    Places in a row, elsewhere in each block, show best that code orders the blocks anew.
     """
     share = 1 / 3 + torch.rand((), generator=generator).item() / 3
     count = min(max(1, round(axis.bundles * share)), axis.bundles - 1)
@@ -179,8 +177,6 @@ def _some(axis: Axis, generator: torch.Generator) -> Tensor:
         turn = (axis.place - axis.block * count) % places
         order = axis.free[turn[axis.free].argsort(stable=True)]
     else:
-        odd = (count - axis.size) % _ALIGNED
-        count -= odd if axis.size % _ALIGNED == 0 and odd < count else 0
         order = axis.free[torch.randperm(len(axis.free), generator=generator)]
     mark = torch.zeros(axis.size, dtype=torch.bool)
     mark[axis.bundled(order)[:count].flatten()] = True
