@@ -226,7 +226,7 @@ def experts(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x, weight = args[:2]
     if (x.ndim, weight.ndim) != (2, 3):
         raise NotImplementedError("a product for the gradient, of which networks have none")
-    t.pin(t.along(weight, 0) and [t.along(weight, 0)], "experts")
+    t.pin([t.along(weight, 0)], "experts")
     _contract(t, x, 1, weight, 1, out, biased=False)
     made = t.along(weight, 2)
     t.produce(out, weight, made)

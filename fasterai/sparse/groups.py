@@ -269,11 +269,12 @@ class UnitGroups:
         return zeroed_units(self.tensors, self.axis, _SPEAKING, emptied=self.emptied)
 
     def _share(self, parameter: str) -> float:
-        """A weight's share of its layer's MACs: attention may have several."""
-        layer = layer_of(parameter)
-        sizes = {
-            k: p.numel() for k, p in self.tensors.items() if layer_of(k) == layer and p.ndim > 1
-        }
+        """A weight's share of its layer's MACs: attention may have several.
+
+        The lengths of a weight norm stand for all of it.
+        """
+        own = {k: p for k, p in self.tensors.items() if layer_of(k) == layer_of(parameter)}
+        sizes = {k: p.numel() for k, p in own.items() if p.ndim > 1 and p.numel() > max(p.shape)}
         return sizes[parameter] / sum(sizes.values()) if parameter in sizes else 1.0
 
 
