@@ -445,7 +445,7 @@ def test_filters_of_weights_that_are_computed_from_a_norm(how):
     model, x = normed_convs(NORMED[how]), torch.randn(2, 3, 20, dtype=torch.float64)
     sparsifier = Sparsifier(model, "filter", example_inputs=x)
     sparsifier.sparsify_model(0.5)
-    costs = sparsifier.report().set_index("layer")
+    costs = sparsifier.report().groupby("layer")[["macs", "zero_macs"]].sum()
     dense = macs(model, x)
     assert all(costs.zero_macs[k] == costs.macs[k] / 2 == dense[k] / 2 for k in "024")
     before = model(x)

@@ -140,9 +140,10 @@ def contraction(t: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         t.pin(rows[1:], "flattened behind other channels")  # a kernel's places, in spectral norms
         rows = rows[:1]
     _contract(t, a, da, b, db, out, biased=bias is not None)
-    for x, made in ((a, rows), (b, columns)):
-        for f in made:
-            t.produce(out, x, f)
+    if t.made_of((a, b)) is not Made.BUFFERS:  # else a statistic of a weight, no channels
+        for x, made in ((a, rows), (b, columns)):
+            for f in made:
+                t.produce(out, x, f)
     if out.ndim == 3:
         rows, columns = _batches(t, rows, a, columns, b)
     made = [Field(f.labels if a.ndim == b.ndim else f.labels.reshape(-1)) for f in rows + columns]

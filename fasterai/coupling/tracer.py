@@ -290,10 +290,9 @@ class Tracer(TorchDispatchMode):
         """What these operands are made of, taken together."""
         if any(x not in self.fixed for x in operands):
             return Made.INPUTS
-        sources = (f.source for x in operands for f in self.of(x))
-        if all(s is None or s.parameter in self.parameters for s in sources):
-            return Made.PARAMETERS
-        return Made.BUFFERS
+        names = {self.names[x] for x in operands if x in self.names}  # also once written in place
+        names |= {f.source.parameter for x in operands for f in self.of(x) if f.source}
+        return Made.PARAMETERS if names <= self.parameters else Made.BUFFERS
 
     def _labelled(self, operands: Sequence[Tensor]) -> Tensor:
         """(labels,) bool: the channels that have labels there."""
