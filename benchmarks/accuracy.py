@@ -15,7 +15,7 @@ one shot: all units go at once, then all epochs train. gradual: `PruneCallback` 
 schedule over the first half. iterative: three cuts over the first 60%. slimming, sparse: the
 norms' scales, or what torch-pruning's sparse learning takes, are penalised for the first half of
 the epochs, then units go at once. distilled: with `DistillCallback`, the teacher is the dense
-network. inner: only channels inside the blocks go.
+network.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pathlib import Path
 import pandas as pd
 from arms import HERE, Lines, alone
 
-CRITERIA = ("large_final", "squared_final", "random_scores", "fpgm", "norm_scale", "taylor")
-CRITERIA += ("taylor_filter", "taylor_maps")
+CRITERIA = "large_final", "squared_final", "random_scores", "fpgm", "norm_scale", "taylor"
+CRITERIA += ("taylor_maps",)
 
 
 def arms(kind: str) -> list[dict]:
-    """What to run: dictionaries of criterion, context, way, distilled, layers."""
+    """What to run: dictionaries of criterion, context, way, distilled."""
     both = "local", "global"
     if kind == "criteria":
         return [arm(c, context) for c in CRITERIA for context in both]
@@ -43,25 +43,16 @@ def arms(kind: str) -> list[dict]:
         ways = [arm(c, context, way) for c in chosen for context in both for way in WAYS[1:3]]
         return [*ways, *(arm("norm_scale", context, "slimming") for context in both)]
     if kind == "labels":
-        return [
-            arm(c, context, way, distilled=False)
-            for c in ("large_final", "taylor_maps")
-            for context in both
-            for way in WAYS[:2]
-        ]
+        ways = itertools.product(both, WAYS[:2])
+        return [arm("large_final", where, way, distilled=False) for where, way in ways]
     if kind == "peers":
         return [arm(f"torch-pruning, {name}", "local", way) for name, way in PEERS.items()]
-    if kind == "advice":
-        ours = arm("large_final", "local"), arm("large_final", "global", "gradual")
-        theirs = (
-            arm("torch-pruning, L1", "local"),
-            arm("torch-pruning, group norm", "local", "sparse"),
-        )
-        return [*ours, *theirs]
-    return [arm(c, context, inner=True) for c in ("large_final", "taylor_maps") for context in both]
+    ours = arm("large_final", "local"), arm("large_final", "global", "gradual")
+    theirs = arm("torch-pruning, L1", "local"), arm("torch-pruning, group norm", "local", "sparse")
+    return [*ours, *theirs]  # what is advised
 
 
-KINDS = ["ways", "labels", "peers", "criteria", "inner"]
+KINDS = ["ways", "labels", "peers", "criteria"]
 SHORT = {"depth": 20, "epochs": 3, "images": 10000, "batch": 128, "lr": 0.1}
 LONG = SHORT | {"epochs": 10, "images": 50000}
 BUDGETS = {  # how to train, which arms, which shares of the MACs
@@ -73,8 +64,8 @@ WAYS = "one shot", "gradual", "iterative", "slimming"
 PEERS = {"L1": "one shot", "Taylor": "one shot", "BN scale": "sparse", "group norm": "sparse"}
 
 
-def arm(criterion, context, way="one shot", *, distilled=True, inner=False) -> dict:
-    return dict(criterion=criterion, context=context, way=way, distilled=distilled, inner=inner)
+def arm(criterion, context, way="one shot", *, distilled=True) -> dict:
+    return dict(criterion=criterion, context=context, way=way, distilled=distilled)
 
 
 def run(arm: dict, share: float, seed: int, budget: dict, data: Path) -> dict:
@@ -120,8 +111,6 @@ def cut(arm: dict, share: float, learn, x) -> list:
     from fasterai.prune.pruner import Pruner
 
     criterion = getattr(of_data, arm["criterion"], None) or getattr(of_weights, arm["criterion"])
-    exclude = [n for n, _ in learn.model.named_modules() if n == "conv1" or n.endswith(".conv2")]
-    exclude = exclude if arm["inner"] else []
     scored = criterion
     if arm["criterion"].startswith("taylor") and arm["way"] in ("one shot", "slimming"):
         scored = of_data.score(
@@ -129,11 +118,10 @@ def cut(arm: dict, share: float, learn, x) -> list:
         )
     target, where = Target(macs=share), arm["context"]
     if arm["way"] in ("one shot", "slimming"):
-        pruner = Pruner(learn.model, x, exclude=exclude)
-        pruner.prune_model(target, context=where, criteria=scored)
+        Pruner(learn.model, x).prune_model(target, context=where, criteria=scored)
         return []
     schedule = agp.over(0, 0.5, n_steps=10) if arm["way"] == "gradual" else iterative.over(0, 0.6)
-    return [PruneCallback(target, where, criterion, schedule, exclude=exclude, example_inputs=x)]
+    return [PruneCallback(target, where, criterion, schedule, example_inputs=x)]
 
 
 def peer_of(model, x, arm: dict, ratio: float = 0.5):
@@ -234,8 +222,7 @@ def picture(found: pd.DataFrame, title: str, file: Path) -> None:
 
 def named(arm: dict) -> str:
     extra = "" if arm["distilled"] else ", labels only"
-    inner = ", inner channels" if arm["inner"] else ""
-    return f"{arm['criterion']}, {arm['context']}, {arm['way']}{inner}{extra}"
+    return f"{arm['criterion']}, {arm['context']}, {arm['way']}{extra}"
 
 
 def main():
