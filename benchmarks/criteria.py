@@ -12,6 +12,7 @@ weights/cifar10_resnet20_akamaster.pt; what they are is in its README.
 
 import argparse
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def main():
     (x, y), _ = cifar(args.data / "cifar10", args.images)
     batches = list(zip(x.split(args.batch), y.split(args.batch), strict=True))
     model = pretrained(20, args.data / "weights").to(args.device)
-    options = {"loss_func": F.cross_entropy, "n_batches": None}
+    options = {"loss_func": F.cross_entropy, "n_batches": None, "progress": sys.stdout.isatty()}
     args.out.mkdir(exist_ok=True)
     begin = time.perf_counter()
     measured = oracle(model, batches, file=args.out / f"oracle_{args.images}.jsonl", **options)
