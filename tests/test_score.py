@@ -325,6 +325,16 @@ def test_mean_activation_and_share_of_zeros():
         close(found(zeros, model, name)[:, 1, 0, 2], 1 - share)
 
 
+@pytest.mark.parametrize("criterion", [taylor_filter, taylor_maps, mean_activation])
+def test_activations_that_overflow_are_not_taken_for_unseen_ones(criterion):
+    model, data = net(Plain), batches(2)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    scored = scores(model, criterion, data)
+    with pytest.raises(ValueError, match="hold nan"):
+        Pruner(model, data[0][0]).plan_for(0.5, criteria=scored)
+
+
 def test_channels_that_several_layers_read_are_averaged_over_all_they_receive():
     model, data = net(Residual), batches()
     means = scores(model, mean_activation, data, loss_func=None)

@@ -112,8 +112,7 @@ class Maps:
         for need in self._needs:
             count = self.sums["examples" if need == "map_taylor" else "count"]
             known = self.sums[need] / count.clamp(min=1)
-            known = known.masked_fill(~self._seen, torch.nan)[:-1]
-            means[need] = self._units.spread(known, shapes)
+            means[need] = self._units.spread(known[:-1], shapes, self._seen[:-1])
         return means
 
     # --- inside --------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def measured(
     for (a, unit), value in values.items():
         row[starts[a] + unit] = value
     shapes = {name: p.shape for name, p in network.named_parameters()}
-    return Gathered({"measured": spread.spread(row, shapes)}, shapes)
+    return Gathered({"measured": spread.spread(row, shapes, ~row.isnan())}, shapes)
 
 
 def _size(weight: Tensor, found: Tensor) -> Tensor:

@@ -55,28 +55,33 @@ class Units:
         """The units of channels by their classes; `size` for what belongs to none."""
         return self._of_class[classes]  # a constant, -1, is in the last place
 
-    def spread(self, values: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    def spread(
+        self, values: Tensor, shapes: Mapping[str, torch.Size], seen: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """For each weight, its filters' values, to be broadcast to its shape.
 
         Weights without a shape, and those with a free filter of which nothing is known, are left
         out. Pinned filters of which nothing is known are given the highest value.
 
         Args:
-            values: (U,), nan where nothing is known.
+            values: (U,).
             shapes: of the weights by name.
+            seen: (U,) bool, where something is known; None for everywhere.
         """
         found: dict[str, Tensor] = {}
+        seen = torch.ones_like(self._free) if seen is None else seen
         dims = {name: dim for name, dim, _, _ in reversed(self.rows) if name in shapes}
         for name, dim in dims.items():
-            known = values.new_full((shapes[name][dim],), torch.nan)
+            known = values.new_zeros(shapes[name][dim])
             free = torch.zeros_like(known, dtype=torch.bool)
+            unknown = torch.ones_like(free)
             for other, over, index, unit in self.rows:
                 if (other, over) == (name, dim):
                     known[index], free[index] = values[unit], self._free[unit]
-            unknown = known.isnan()
+                    unknown[index] = ~seen[unit]
             if not bool((unknown & free).any() | unknown.all()):
-                known = torch.where(unknown, known.nan_to_num(-torch.inf).max(), known)
-                found[name] = along(known, dim, len(shapes[name]))
+                highest = known.masked_fill(unknown, -torch.inf).max()
+                found[name] = along(known.where(~unknown, highest), dim, len(shapes[name]))
         return found
 
 
