@@ -216,7 +216,7 @@ def picture(found: pd.DataFrame, title: str, file: Path) -> None:
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.grid(axis="x", color="#DDDDDD")
     ax.set(xlabel="accuracy, %", title=title)
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=8, loc="upper left")
     ax.figure.savefig(file, dpi=110)
 
 
