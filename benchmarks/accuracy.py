@@ -29,8 +29,10 @@ from pathlib import Path
 import pandas as pd
 from arms import HERE, Lines, alone
 
-CRITERIA = "large_final", "squared_final", "random_scores", "fpgm", "norm_scale", "taylor"
-CRITERIA += ("taylor_maps",)
+CRITERIA = (
+    *("large_final", "squared_final", "random_scores", "fpgm"),
+    *("norm_scale", "taylor", "taylor_maps"),
+)
 
 
 def arms(kind: str) -> list[dict]:
@@ -49,7 +51,7 @@ def arms(kind: str) -> list[dict]:
         return [arm(f"torch-pruning, {name}", "local", way) for name, way in PEERS.items()]
     ours = arm("large_final", "local"), arm("large_final", "global", "gradual")
     theirs = arm("torch-pruning, L1", "local"), arm("torch-pruning, group norm", "local", "sparse")
-    return [*ours, *theirs]  # what is advised
+    return [*ours, *theirs]  # "advice", and what the peer's is
 
 
 KINDS = ["ways", "labels", "peers", "criteria"]
@@ -259,7 +261,8 @@ def report(lines: list[dict], file: Path) -> None:
             kinds.setdefault(tuple(line[k] for k in SHORT), []).append(line)
     for (depth, epochs, images, batch, lr), own in kinds.items():
         trained = f"{epochs} epochs of {images:,} images in batches of {batch}, rate {lr}"
-        print(f"\nResNet-{depth}, {trained}\n")
+        hours = sum(line["seconds"] for line in own) / 3600
+        print(f"\nResNet-{depth}, {trained}: {len(own)} runs, {hours:.1f} hours\n")
         show(table(own))
         if (depth, epochs, images, batch, lr) == tuple(SHORT.values()):
             title = "CIFAR-10, ResNet-20: accuracy after the same training"

@@ -83,7 +83,7 @@ class Untested(Callback):
 def trained(dls, epochs, more):
     """The dense network, and one half of whose channels went while it learned on."""
     learn = Learner(dls, resnet18(num_classes=2), CrossEntropyLossFlat(), cbs=Untested())
-    with learn.no_bar():
+    with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(epochs, 4e-3)
         dense = deepcopy(learn.model).eval()
         learn.fit_one_cycle(more, 2e-3, cbs=PruneCallback(0.5))

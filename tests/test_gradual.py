@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from networks import ALL, Mlp, Plain, Residual, apart, conv, images, make, size, widths
 from torch import nn, optim
@@ -25,6 +26,8 @@ from fasterai.prune.amounts import Units
 from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.plan import Plan
 from fasterai.prune.pruner import Pruner
+from fasterai.score.criteria import mean_activation, taylor_filter, taylor_maps
+from fasterai.score.score import score
 
 tv = torchvision.models
 LARGE = {
@@ -309,6 +312,17 @@ def test_a_single_channel_that_is_left_keeps_nothing_else_back():
         pruner.prune_to(share)
         assert model.few.weight.shape[0] == 1 and model.many.weight.shape[0] == many
         assert model.mix.weight.shape[1] == 1 + many
+
+
+@pytest.mark.parametrize("criterion", [taylor_maps, taylor_filter, mean_activation])
+def test_criteria_of_data_go_on_where_a_single_channel_is_left(criterion):
+    model, batch = make(Beside), (images(), torch.tensor([0, 1]))
+    pruner = GradualPruner(model, images())
+    pruner.prune_to(0.5)
+    assert model.few.weight.shape[0] == 1
+    pruner.criteria = score(model, [batch], criterion, loss_func=F.cross_entropy, progress=False)
+    pruner.prune_to(0.75)
+    assert (model.few.weight.shape[0], model.many.weight.shape[0]) == (1, 2)
 
 
 def test_few_channels_are_left_one_by_one():

@@ -25,8 +25,9 @@ def remaining(
     """The coupling of a network that was cut.
 
     Its axes are those there were, in the same order, with the units that are left; so are blocks
-    and pins. Only the numbers that code multiplies with are looked up anew, as they may follow
-    the widths.
+    and pins. The last unit of an axis is pinned: nothing ranks it, as in a coupling that is made
+    anew, where a single channel is no axis. Only the numbers that code multiplies with are looked
+    up anew, as they may follow the widths.
 
     Args:
         coupling: of the network before the cut.
@@ -94,11 +95,12 @@ class _Renamed:
         mine = torch.from_numpy(self.alive)[axis.classes]
         unit = torch.cumsum(mine, 0) - 1
         block = torch.unique(axis.block[mine], return_inverse=True)[1]
+        pins = tuple(pin for pin, left in zip(axis.pins, mine.tolist(), strict=True) if left)
         return replace(
             axis,
-            size=int(mine.sum()),
+            size=len(pins),
             slots=tuple(self._slot(slot, mine, unit) for slot in axis.slots),
-            pins=tuple(pin for pin, left in zip(axis.pins, mine.tolist(), strict=True) if left),
+            pins=pins if len(pins) > 1 else tuple(pin or "the last one" for pin in pins),
             classes=torch.from_numpy(self.place)[axis.classes[mine]],
             block=block,
             place=torch.from_numpy(ranks(block.numpy(), axis.place[mine].numpy())),
