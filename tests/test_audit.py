@@ -205,10 +205,41 @@ def test_other_tasks_are_refused(target, message):
         quiet(Says(), Says(), [(X2, target)])
 
 
+class Several(nn.Module):
+    """Gives more than scores, as fastai's text classifiers do."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x), x, [x]
+
+
+@pytest.mark.parametrize("column", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64])
+@pytest.mark.parametrize("several", [True, False])
+def test_a_single_output_tells_two_classes_apart(column, dtype, several):
+    torch.manual_seed(0)
+    x, dense, sparse = torch.randn(40, 3), nn.Linear(3, 1), nn.Linear(3, 1)
+    target = torch.rand(40) < 0.5
+    says = [(net(x)[:, 0].sigmoid() > 0.5) == target for net in (dense, sparse)]
+    if not column:
+        dense, sparse = (nn.Sequential(net, nn.Flatten(0)) for net in (dense, sparse))
+    if several:
+        dense, sparse = Several(dense), Several(sparse)
+    given = target[:, None] if column else target
+    table = quiet(dense, sparse, [(x, given.to(dtype))]).table.set_index("class")
+    for name, mine in ((0, ~target), (1, target)):
+        assert table.loc[name, "size"] == mine.sum()
+        for when, right in zip(("before", "after"), says, strict=True):
+            assert table.loc[name, when] == pytest.approx(right[mine].double().mean().item())
+
+
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="3 and 2 classes"):
         quiet(nn.Linear(3, 3), nn.Linear(3, 2), [(X2, Y2)])
-    with pytest.raises(ValueError, match="a score for each class"):
+    with pytest.raises(ValueError, match="classes 0 to 2, the networks know 0 to 1"):
         quiet(nn.Linear(3, 1), nn.Linear(3, 1), [(X2, Y2)])
     with pytest.raises(ValueError, match="scores .examples, classes."):
         flat = nn.Sequential(nn.Linear(3, 3), nn.Flatten(0))
@@ -391,6 +422,10 @@ def test_all_that_removes_and_zeroes_takes_the_targets():
     for model in (zeroed, fitted.model):
         speaks = {n: model.get_submodule(n).weight.flatten(1).any(1) for n in targets}
         assert {n: int(s.sum()) for n, s in speaks.items()} == expected
+    nothing = learner(model=copy.deepcopy(dense))
+    nothing.fit(1, 0.0, wd=0.0, cbs=SparsifyCallback({}, "filter"))  # no share was borne
+    pairs = zip(nothing.model.parameters(), dense.parameters(), strict=True)
+    assert all(torch.equal(w, v) for w, v in pairs)
     weights = copy.deepcopy(dense)
     Sparsifier(weights).sparsify_model(targets)  # single weights of the same layers
     for name, share in targets.items():

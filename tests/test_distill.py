@@ -29,6 +29,7 @@ from fasterai.distill.losses import (
     value_distance,
 )
 from fasterai.distill.watch import layers_named, watched
+from fasterai.prune.callback import PruneCallback
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.callback import SparsifyCallback
 
@@ -322,6 +323,42 @@ def test_values_are_compared_through_what_was_kept(as_plan):
     with pytest.raises(ValueError, match="kept=pruner.plan"):
         learn.fit(1, cbs=DistillCallback(teacher, features="c1", match="values"))
     assert not left_behind(learn)
+
+
+class StopAfter(Callback):
+    def __init__(self, batches):
+        self.batches = batches
+
+    def after_batch(self):
+        if self.training and self.iter + 1 == self.batches:
+            raise CancelFitException
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_values_follow_a_callback_that_prunes(given):
+    """Where nothing learns, the filters that stay do what they did: nothing is apart."""
+    learn, dense = learner(opt_func=SGD), make(Residual)
+    learn.model.load_state_dict(dense.state_dict())
+    prune = PruneCallback(0.6, schedule=agp.over(0.2, 1.0, n_steps=6))
+    cb = DistillCallback(dense if given else None, 0.0, features="stem", match="values")
+    seen = []
+    real = cb._layers_apart
+
+    def watched(ours, theirs, layer):
+        apart = real(ours, theirs, layer)
+        seen.append((ours.shape[1], theirs.shape[1], apart.item()))
+        return apart
+
+    cb._layers_apart = watched
+    for stop in (5, 99):  # in a second fit the copy is the network that is pruned already
+        learn.fit(1, 0.0, wd=0.0, cbs=[prune, cb, StopAfter(stop)])
+    ours, theirs, apart = zip(*seen, strict=True)
+    width = dense.stem.out_channels
+    assert apart == (0.0,) * len(seen) and ours[0] == width > ours[4] > ours[-1]
+    assert set(theirs[:5]) == {width} and set(theirs[5:]) == {ours[4]} or given
+    with pytest.raises(ValueError, match="kept=pruner.plan"):
+        cb = DistillCallback(make(Residual), 0.0, features="stem", match="values")
+        learn.fit(1, cbs=cb)
 
 
 def test_of_a_block_the_last_layer_tells_what_was_kept():

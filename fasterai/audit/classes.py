@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..coupling.inputs import Inputs, map_tensors, run_quietly
 from ..score.batches import Batch
 from .pictures import plot_classes
-from .subject import batches_of, loader_of, network_of
+from .subject import batches_of, loader_of, network_of, scores_of
 
 __all__ = ["ClassAudit", "class_audit"]
 
@@ -62,8 +62,8 @@ def class_audit(
     audit = class_audit(dense, learn.model, learn.dls.valid)
     audit.table, audit.model, audit.plot()
     ```
-    Both see the same batches, in eval mode, and are left as they were. Where the data is small,
-    mind that a class that was lucky before loses by chance: a low `p` there is no proof.
+    Both see the same batches, in eval mode, and are left as they were. A single output is the
+    log-odds of the second of two classes. Where the data is small, mind that a class that was lucky before loses by chance: a low `p` there is no proof.
 
     Args:
         dense: the network before, or a Learner with it.
@@ -128,6 +128,9 @@ def _targets(batch: Batch) -> Tensor:
         raise ValueError("a batch must be inputs and one tensor of class numbers")
     if batch.classes is not None:
         return batch.classes.cpu().long()
+    flat = target.flatten()
+    if len(flat) == len(target) and ((flat == 0) | (flat == 1)).all():
+        return flat.cpu().long()  # no or yes, as binary losses take it
     what = f"targets of shape {tuple(target.shape)} and type {target.dtype}"
     if target.ndim == 2:
         raise ValueError(
@@ -141,15 +144,17 @@ def _predicted(network: nn.Module, batch: Batch, target: Tensor) -> tuple[Tensor
     """(N,) classes, on the CPU, and how many there are."""
     inputs = _for(network, batch.inputs)
     with run_quietly(network):
-        outputs = inputs(network)
+        outputs = scores_of(inputs(network))
+    if isinstance(outputs, Tensor) and outputs.ndim == 1:
+        outputs = outputs[:, None]
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(target):
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
             f"class_audit needs scores (examples, classes) from the networks, got {got} for "
             f"{len(target)} examples"
         )
-    if outputs.shape[1] < 2:
-        raise ValueError("class_audit needs a score for each class, the networks give a single one")
+    if outputs.shape[1] == 1:  # the log-odds of the second of two classes
+        return (outputs[:, 0] > 0).long().cpu(), 2
     return outputs.argmax(1).cpu(), outputs.shape[1]
 
 

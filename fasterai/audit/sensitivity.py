@@ -25,7 +25,7 @@ from ..prune.fitting import cut_for
 from ..prune.pruner import Pruner
 from ..score.batches import Batch, in_memory
 from .pictures import plot_sensitivity
-from .subject import loader_of, network_of
+from .subject import loader_of, network_of, scores_of
 
 __all__ = ["Sensitivity", "sensitivity"]
 
@@ -58,9 +58,10 @@ class Sensitivity:
     def targets(self, drop: float = 0.02) -> dict[str, float]:
         """The largest share of each layer that costs no more than this: `{layer: sparsity}`.
 
-        What `SparsifyCallback`, `Sparsifier`, `PruneCallback` and `Pruner` take as `sparsity`. No
-        smaller share may cost more. Each group was cut alone: cut together they cost more, before
-        training on.
+        What `PruneCallback` and `Pruner` take as `sparsity`, and `SparsifyCallback` and
+        `Sparsifier` with the granularity 'filter', and with `mixed=True` where channels that a
+        layer norm takes together are among them. No smaller share may cost more. Each group was
+        cut alone: cut together they cost more, before training on.
 
         Args:
             drop: what is tolerated: a loss of accuracy, 0.02 being two in a hundred, or of
@@ -231,11 +232,12 @@ def _tells_classes(network: nn.Module, batch: Batch) -> bool:
     if batch.classes is None:
         return False
     with run_quietly(network):
-        outputs = batch.inputs(network)
+        outputs = scores_of(batch.inputs(network))
     return isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > 1
 
 
-def _accuracy(outputs: Tensor, target: Tensor) -> Tensor:
+def _accuracy(outputs: Any, target: Tensor) -> Tensor:
+    outputs = scores_of(outputs)
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(

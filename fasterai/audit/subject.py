@@ -11,7 +11,7 @@ from ..core.names import unwrapped
 from ..core.progress import with_bar
 from ..score.batches import Batch, as_batch, drawn, first_batches, n_inputs
 
-__all__ = ["batches_of", "loader_of", "network_of"]
+__all__ = ["batches_of", "loader_of", "network_of", "scores_of"]
 
 
 def network_of(subject: Any, argument: str) -> nn.Module:
@@ -40,6 +40,11 @@ def loader_of(dl: Iterable[Any] | None, *subjects: Any) -> Iterable[Any]:
         if not isinstance(subject, nn.Module) and hasattr(subject, "dls"):
             return subject.dls.valid
     raise TypeError("without a Learner pass a loader, as in dls.valid")
+
+
+def scores_of(outputs: Any) -> Any:
+    """What a network says of the classes: the first of several outputs, as fastai takes it."""
+    return outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
 
 
 def batches_of(

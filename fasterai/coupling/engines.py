@@ -138,6 +138,19 @@ def _convolved(x: Tensor, weight: Tensor, _: Any, *how: Any) -> Tensor | None:
     return _empty(x, shape) if min(shape) > 0 else None
 
 
+def _side_by_side(parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    """None where types, layouts or shapes differ and PyTorch has to tell."""
+    first, kinds = parts[0], {(x.dtype, x.ndim, x.is_contiguous()) for x in parts}
+    if kinds != {(first.dtype, first.ndim, True)} or not first.ndim:
+        return None
+    shapes = [list(x.shape) for x in parts]
+    along = [shape.pop(dim) for shape in shapes]  # also counts from the end
+    if any(shape != shapes[0] for shape in shapes):
+        return None
+    shapes[0].insert(dim % first.ndim, sum(along))
+    return _empty(first, shapes[0])
+
+
 def _batch_normalised(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _same(x), _empty(x, (0,)), _empty(x, (0,))
 
@@ -156,6 +169,7 @@ _OUTLINES: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.mm.default: _multiplied,
     torch.ops.aten.bmm.default: _multiplied,
     torch.ops.aten.addmm.default: _added_and_multiplied,
+    torch.ops.aten.cat.default: _side_by_side,
     torch.ops.aten.add.Tensor: _met,
     torch.ops.aten.sub.Tensor: _met,
     torch.ops.aten.mul.Tensor: _met,

@@ -186,17 +186,17 @@ def units_of(model: nn.Module, analysis: Analysis, blocks: Blocks) -> Coupling:
     axis_of = _group(seen, produced, blocks.tie_of(), len(analysis.classes))
     unit_of = _number(seen, axis_of)
     slots: dict[int, list[Slot]] = {}
-    for dim, mine in zip(ordered, seen, strict=True):
-        for a, index in _by_axis(axis_of[mine]):
-            slots.setdefault(a, []).append(
-                Slot(
-                    dim.parameter,
-                    dim.dim,
-                    analysis.roles.get(dim, FOLLOW),
-                    torch.from_numpy(index),
-                    torch.from_numpy(unit_of[mine[index]]),
-                )
+    for i, a, index in _by_dim_and_axis(seen, axis_of):
+        dim, mine = ordered[i], seen[i]
+        slots.setdefault(a, []).append(
+            Slot(
+                dim.parameter,
+                dim.dim,
+                analysis.roles.get(dim, FOLLOW),
+                torch.from_numpy(index),
+                torch.from_numpy(unit_of[mine[index]]),
             )
+        )
     members = _members(axis_of, unit_of)
     axes = [_axis(own, members[a], analysis, blocks, reasons) for a, own in slots.items()]
     rank = {name: i for i, name in enumerate(dict(model.named_parameters()))}
@@ -240,6 +240,18 @@ def _by_axis(axis_of: np.ndarray) -> list[tuple[int, np.ndarray]]:
         return []
     cuts = np.flatnonzero(np.diff(axis_of[order])) + 1
     return [(int(axis_of[part[0]]), part) for part in np.split(order, cuts)]
+
+
+def _by_dim_and_axis(
+    seen: Sequence[np.ndarray], axis_of: np.ndarray
+) -> list[tuple[int, int, np.ndarray]]:
+    """Which dimension, which axis, and the positions there, from a single sort."""
+    sizes = np.array([len(mine) for mine in seen], dtype=np.int64)
+    starts, axes = np.cumsum(sizes) - sizes, int(axis_of.max(initial=-1)) + 1
+    own = axis_of[np.concatenate([*seen, np.zeros(0, dtype=np.int64)])]
+    both = np.where(own < 0, -1, np.repeat(np.arange(len(seen)) * axes, sizes) + own)
+    found = ((*divmod(key, axes), index) for key, index in _by_axis(both))
+    return [(i, a, index - starts[i]) for i, a, index in found]
 
 
 def _members(axis_of: np.ndarray, unit_of: np.ndarray) -> dict[int, np.ndarray]:

@@ -14,6 +14,9 @@ from ..core.checks import is_number, is_whole, number
 from ..core.copies import copied
 from ..core.names import unwrapped
 from ..fit.callback import FitCallback
+from ..prune.callback import PruneCallback
+from ..prune.history import History
+from ..prune.plan import Plan
 from .losses import attention_distance, soft_targets, value_distance
 from .watch import layers_named, watched
 
@@ -44,7 +47,8 @@ class DistillCallback(FitCallback):
         match: 'attention' compares where in the image a layer is active, whatever the number of
             its channels; 'values' every number, of the channels that both have.
         kept: where channels were removed, which of the teacher's stayed: `pruner.plan`, or
-            {layer of the teacher: positions}; for 'values'.
+            {layer of the teacher: positions}; for 'values'. Default what a `PruneCallback` in the
+            same fit removes.
         channels: the dimension of the channels in features; -1 for transformers.
 
     Raises:
@@ -98,6 +102,7 @@ class DistillCallback(FitCallback):
         self._missing = False  # given a teacher once, loaded without
         self._layers: tuple[dict[str, nn.Module], ...] = ()  # those watched, ours and theirs
         self._seen: dict[str, Tensor] = {}
+        self._since: tuple[int, Plan | None] = (0, None)  # what so many cuts amount to
         self._training_flags: dict[nn.Module, bool] = {}
 
     # --- events --------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ class DistillCallback(FitCallback):
     def before_fit(self) -> None:
         """Copy the model, before anything makes it sparse."""
         super().before_fit()
-        self._copy = None
+        self._copy, self._since = None, (0, None)
         if self._missing:
             raise ValueError(
                 "the teacher was not saved with the learner: set cb.teacher to one, or take a new "
@@ -201,10 +206,26 @@ class DistillCallback(FitCallback):
     def _layers_apart(self, ours: Tensor, theirs: Tensor, layer: str) -> Tensor:
         if self.match == "attention":
             return attention_distance(ours, theirs, self.channels)
-        kept = _positions(self.kept, layer, self._layers[1][layer])
-        if kept is not None and ours.shape != theirs.shape:
-            theirs = theirs.index_select(self.channels, torch.as_tensor(kept, device=theirs.device))
+        if ours.shape != theirs.shape:
+            told = self._removed() if self.kept is None else self.kept
+            kept = _positions(told, layer, self._layers[1][layer])
+            if kept is not None and max(kept, default=0) < theirs.shape[self.channels]:
+                index = torch.as_tensor(kept, device=theirs.device)
+                theirs = theirs.index_select(self.channels, index)
         return value_distance(ours, theirs)
+
+    def _removed(self) -> Plan | None:
+        """What a callback of this fit has cut, of the network that the teacher is."""
+        for cb in self.learn.cbs:
+            if isinstance(cb, PruneCallback) and cb.history.cuts:
+                cuts = cb.history.cuts
+                if self.teacher is None:  # copied when the fit began
+                    cuts = tuple(cut for cut in cuts if cut.fit == cuts[-1].fit)
+                before = None if self.teacher is None else cb.history.before
+                if self._since[0] != len(cuts):
+                    self._since = len(cuts), History(cuts, before).plan
+                return self._since[1]
+        return None
 
     def _mixed(self, loss: Tensor, apart: Tensor | float) -> Tensor:
         return (1 - self.weight) * loss + apart
@@ -212,6 +233,7 @@ class DistillCallback(FitCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Without the teacher: a learner is exported as it is used, alone."""
         empty = {"teacher": None, "_copy": None, "_layers": (), "_seen": {}, "_training_flags": {}}
+        empty["_since"] = (0, None)
         state = {**super().__getstate__(), **empty}
         return {**state, "_missing": self._missing or self.teacher is not None}
 

@@ -315,8 +315,6 @@ class KeepZeros(FitCallback):
 
 def _initial_and_final(sparsity: Any) -> tuple[float | None, Any]:
     if isinstance(sparsity, Mapping):
-        if not sparsity:
-            raise ValueError("sparsity by layer must name at least one layer, got an empty dict")
         return None, {k: as_fraction(v, f"sparsity of {k!r}") for k, v in sparsity.items()}
     if isinstance(sparsity, Sequence) and not isinstance(sparsity, str):
         if len(sparsity) != 2:

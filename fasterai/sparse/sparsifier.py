@@ -18,6 +18,7 @@ from ..core.processes import Processes, refuse_sharded
 from ..core.ranking import ElementRanking, Ranking, ScoreRanking
 from ..core.records import Records, refuse_equal, stand_in
 from ..core.selection import Cutoff
+from ..coupling.labels import NORMALISED
 from ..coupling.ranking import require_scales
 from ..coupling.units import FROZEN
 from ..measure.profile import macs
@@ -404,7 +405,11 @@ class Sparsifier:
             return f"a sparsity for each layer goes by names of layers, got {name!r}"
         skipped = {plain(k): why for k, why in self.skipped.items()}
         if name in skipped:
-            return f"layer {name!r} cannot be sparsified: {skipped[name]}"
+            more = "; with mixed=True it can" if skipped[name] == NORMALISED else ""
+            return f"layer {name!r} cannot be sparsified: {skipped[name]}{more}"
         if name in (plain(k) for k, _ in self._network.named_modules()):
-            return f"layer {name!r} is not among the layers to sparsify"
+            return (
+                f"layer {name!r} is not among the layers to sparsify: name it in layers, as "
+                f"embeddings must be but for the granularity 'filter'"
+            )
         return unknown_name(name, [plain(k) for g in self._groups for k in g.layers], "sparsity")
