@@ -599,7 +599,7 @@ def forge(path, out, change):
         about = dict(opened.metadata())
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     change(about, tensors)
-    about["digest"] = files._digest(tensors, about)
+    about["digest"] = files.digest(tensors, about)
     save_file(tensors, out, about)
     return out
 

@@ -330,3 +330,20 @@ def test_families_of_networks(name):
     left = sum(r != "" for r in reasons(shake(model).eval(), x).values())
     assert left == {"googlenet": 2}.get(name, 0)  # its auxiliary heads do not run in eval mode
     folded(model, x, left)
+
+
+def test_what_takes_a_norms_place_is_in_its_mode():
+    class Activated(nn.BatchNorm2d):
+        def __init__(self, *after):
+            super().__init__(8)
+            self.after = nn.Sequential(*after)
+
+        def forward(self, x):
+            return self.after(super().forward(x))
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), Activated(nn.ReLU(), nn.Tanh())
+    )
+    small = folded(model, images(2))
+    assert not any(m.training for m in small.modules())
+    assert fold_report(small, images(2)).empty

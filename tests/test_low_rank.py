@@ -342,3 +342,22 @@ def test_types_modes_and_random_numbers_stay():
     assert torch.equal(state, torch.random.get_rng_state())
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
     assert not small.training and not small[0].weight.requires_grad and small[1].bias.requires_grad
+
+
+class Listed(nn.Module):
+    """Runs layers from a plain list, which does not see what takes their place."""
+
+    def __init__(self, size=32):
+        super().__init__()
+        self.a, self.b = nn.Linear(size, size), nn.Linear(size, size)
+        self.own = [self.a]
+
+    def forward(self, x):
+        return self.b(self.own[0](x))
+
+
+def test_a_layer_that_is_run_from_elsewhere_stays():
+    model, x = Listed(), torch.randn(2, 32)
+    small, table = low_rank(model, x, 0.5, layers=["a", "b"])
+    assert "keeps the layer itself elsewhere" in table["reason"][0] and table["reason"][1] == ""
+    assert type(small.a) is nn.Linear and type(small.b) is nn.Sequential

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fasterai.core.forms import decode, encode
+from fasterai.deploy import sparse_files
 from fasterai.deploy.sparse_files import SparseFileError, load_sparse, save_sparse
 
 NAMES = """float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool uint64 uint32 uint16
@@ -365,6 +366,51 @@ def test_damage_is_refused(sample, tmp_path):
         a, b = sorted(dice.sample(range(len(data)), 2))
         cut = data[:a], data[a:], data[:a] + data[b:], data[:a] + data[a:b] * 2 + data[b:]
         assert refused_or_exact(dice.choice(cut), state, tmp_path / "a")
+
+
+@pytest.mark.parametrize("apart", [1021, 8191, 1 << 12, 1 << 15])
+@pytest.mark.parametrize("swapped", [True, False])
+def test_damage_in_two_places_is_refused(apart, swapped, tmp_path):
+    """Blocks of a disk that changed places, or two signs that flipped."""
+    x = torch.randn(50_000, dtype=torch.float64)
+    save_sparse({"x": x}, tmp_path / "a")
+    words = np.fromfile(tmp_path / "a", np.uint8)
+    start = len(words) - x.nbytes
+    data = words[start:].view(np.uint64)
+    assert data.tobytes() == x.numpy().tobytes()
+    a, b = 7, 7 + apart
+    if swapped:
+        data[[a, b]] = data[[b, a]]
+    else:
+        data[[a, b]] ^= np.uint64(1 << 63)
+    words.tofile(tmp_path / "a")
+    with pytest.raises(SparseFileError, match="damaged"):
+        load_sparse(tmp_path / "a")
+
+
+def test_a_state_dict_of_copies_is_refused(tmp_path):
+    def copies(module, state, *_):
+        return {k: v.detach().clone() for k, v in state.items()}
+
+    a, b = nn.Linear(3, 3), nn.Linear(3, 3)
+    save_sparse(a, tmp_path / "a")
+    b._register_state_dict_hook(copies)
+    before = b.weight.clone()
+    with pytest.raises(SparseFileError, match="'weight' is made by the model's state_dict"):
+        load_sparse(tmp_path / "a", b)
+    assert torch.equal(before, b.weight)
+    b.load_state_dict(load_sparse(tmp_path / "a"))
+    assert torch.equal(a.weight, b.weight)
+
+
+def test_what_does_not_fit_is_refused_before_it_takes_room(tmp_path, monkeypatch):
+    def decoded(*_):
+        raise AssertionError
+
+    save_sparse({"weight": torch.zeros(1000, 1000)}, tmp_path / "a")
+    monkeypatch.setattr(sparse_files, "decode", decoded)
+    with pytest.raises(SparseFileError, match="the file has no bias"):
+        load_sparse(tmp_path / "a", nn.Linear(3, 3))
 
 
 def forged(path, parts, tensors, about=()):

@@ -179,6 +179,26 @@ def test_what_breaks_without_its_weight_stays(clock):
     assert table["reason"][2] == "it did not run on the example inputs"
 
 
+class Gated(nn.Module):
+    """Its second layer reads what passes a gate, as a rule nothing; a list runs the third."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (emptied(nn.Linear(64, 64)) for _ in range(3))
+        self.own = [self.c]
+
+    def forward(self, x):
+        x = self.own[0](self.a(x))
+        return x.sum() + self.b(x[x[:, 0] > 1e9]).sum()
+
+
+def test_layers_that_nothing_arrives_at_or_that_are_run_from_elsewhere_stay(clock):
+    small, table = sparse_linear(Gated().eval(), torch.randn(4, 64))
+    assert table["reason"].tolist()[:2] == ["", "only empty tensors arrived at it"]
+    assert "keeps the layer itself elsewhere" in table["reason"][2]
+    assert [type(m) is SparseLinear for m in (small.a, small.b, small.c)] == [True, False, False]
+
+
 def test_layers_with_hooks_stay(clock):
     model = nn.Sequential(emptied(nn.Linear(64, 64)), emptied(nn.Linear(64, 64)))
     calls = []

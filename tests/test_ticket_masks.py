@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import random
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from networks import ALL, Plain, Residual, images, make, tensors
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fasterai.core.writing import digest
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.tickets import files
 from fasterai.tickets.masks import Masks
@@ -137,6 +139,8 @@ def test_all_dtypes_and_tied_weights_go_through_a_file(tmp_path):
     model[1].weight = model[0].weight
     ticket = Ticket(Masks({"0.weight": torch.eye(5)}), snapshot(model))
     ticket.save(tmp_path / "t")
+    with pytest.raises(ValueError, match="'x' is torch.strided, torch.complex128"):
+        Ticket(Masks({}), {"x": torch.zeros(2, dtype=torch.complex128)}).save(tmp_path / "u")
     other = Ticket.load(tmp_path / "t").load_into(copy.deepcopy(model))
     assert torch.equal(other[1].weight, model[0].weight * torch.eye(5).bfloat16())
     bits = load_file(tmp_path / "t")["mask/0.weight"]
@@ -165,6 +169,10 @@ def test_tickets_of_other_networks_are_refused():
         ticket.load_into(other)
     with pytest.raises(ValueError, match="another network"):
         ticket.reinitialised(other)
+    double = make(Residual).double()
+    with pytest.raises(ValueError, match="float64 in the model, torch.float32 in the ticket"):
+        ticket.load_into(double)
+    assert double.c1.weight.equal(make(Residual).double().c1.weight)
     half = make(Residual)
     del half.head
     with pytest.raises(ValueError, match=r"'head.weight' is \(4, 8\) there and absent here"):
@@ -190,6 +198,13 @@ def test_damaged_and_foreign_files(tmp_path, capsys):
         bad.write_bytes(data[:size])
         with pytest.raises(ValueError, match="damaged, or no ticket"):
             Ticket.load(bad)
+    dice = random.Random(0)
+    for i in [*range(0, len(data), 97), data.index(b'"step":"3"') + 8]:
+        changed = bytearray(data)
+        changed[i] ^= 1 << dice.randrange(4)
+        bad.write_bytes(changed)
+        with pytest.raises(ValueError, match="damaged, or no ticket"):
+            Ticket.load(bad)
     bad.write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match="damaged, or no ticket"):
         Ticket.load(bad)
@@ -204,10 +219,12 @@ def test_damaged_and_foreign_files(tmp_path, capsys):
         {"shapes": json.dumps({"absent": [1]})},
         {"shapes": "[", "step": "0"},
         {"step": "soon", "shapes": "{}"},
+        {"step": "-5", "shapes": "{}"},
         {"fasterai ticket": "2", "shapes": "{}"},
         {},
     ):
-        save_file(content, bad, {**about, **change})
+        said = {**about, **change}
+        save_file(content, bad, {**said, "digest": digest(content, said)})
         with pytest.raises(ValueError, match="damaged, or no ticket"):
             Ticket.load(bad)
     save_file({"x": torch.ones(2)}, bad)

@@ -1,8 +1,10 @@
 """Files are whole or as they were."""
 
+import os
+
 import pytest
 
-from fasterai.core.writing import replacing
+from fasterai.core.writing import replacing, writable
 
 
 def test_a_file_is_replaced_when_all_is_written(tmp_path):
@@ -33,3 +35,19 @@ def test_two_that_write_one_file_do_not_meet(tmp_path):
             two.write_text("two")
         assert (tmp_path / "a").read_text() == "two"
     assert (tmp_path / "a").read_text() == "one"
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
+    link.symlink_to("file")
+    assert writable(link) == file.resolve()  # also before it is there
+    with replacing(writable(link)) as part:
+        part.write_text("new")
+    assert link.is_symlink() and file.read_text() == "new"
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="pipe is no file"):
+        writable(pipe)
+    with pytest.raises(IsADirectoryError):
+        writable(tmp_path)
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        writable(tmp_path / "absent" / "a")

@@ -63,7 +63,8 @@ def class_audit(
     audit.table, audit.model, audit.plot()
     ```
     Both see the same batches, in eval mode, and are left as they were. A single output is the
-    log-odds of the second of two classes. Where the data is small, mind that a class that was lucky before loses by chance: a low `p` there is no proof.
+    log-odds of the second of two classes. Where the data is small, mind that a class that was lucky
+    before loses by chance: a low `p` there is no proof.
 
     Args:
         dense: the network before, or a Learner with it.

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = [
@@ -75,6 +76,11 @@ def layer_of(parameter: str) -> str:
 
 def must_be_module(model: Any) -> None:
     """Raise a TypeError where it is none, as where a Learner is passed."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}, whose code is fixed: "
+            f"pass the module that it was made of"
+        )
     if not isinstance(model, nn.Module):
         fix = "; pass learn.model" if isinstance(getattr(model, "model", None), nn.Module) else ""
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{fix}")

@@ -1,26 +1,46 @@
-"""Files that are written as a whole or not at all."""
+"""Files that are written as a whole or not at all, and what tells that they are damaged."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 
-__all__ = ["replacing", "writable"]
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+__all__ = ["digest", "holds", "replacing", "writable"]
+
+
+def holds(dtype: torch.dtype) -> bool:
+    """Whether safetensors files can hold such numbers."""
+    try:
+        save({"x": torch.empty(0, dtype=dtype)})
+    except Exception:  # it raises a KeyError of its own table
+        return False
+    return True
 
 
 def writable(file: str | os.PathLike[str]) -> Path:
-    """The path of a file that can be written.
+    """The path of a file that can be written; of a link, that of what it leads to.
 
     Raises:
         FileNotFoundError: there is no such folder.
         IsADirectoryError: it is a folder.
+        FileExistsError: it is something else than a file, such as a device.
     """
     file = Path(file)
+    if file.is_symlink():
+        file = file.resolve()
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder: name a file in it")
+    if file.exists() and not file.is_file():
+        raise FileExistsError(f"{file} is no file that could be replaced: name another one")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {file.parent} for {file.name}: make it first")
     return file
@@ -38,3 +58,13 @@ def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """SHA-256 of all that a file holds, but for the entry "digest": not of who wrote it."""
+    rest = sorted((key, value) for key, value in about.items() if key != "digest")
+    shown = [(name, str(x.dtype), list(x.shape)) for name, x in sorted(tensors.items())]
+    found = hashlib.sha256(json.dumps([rest, shown]).encode())
+    for _, x in sorted(tensors.items()):
+        found.update(x.cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..core.copies import copied
+from ..coupling.hooks import hooked
 from ..coupling.inputs import Inputs, plainly, run_quietly, tensors_in
 from ..prune.check import differences
 
-__all__ = ["Comparison"]
+__all__ = ["Comparison", "running", "still_read"]
 
 
 class Comparison:
@@ -58,3 +59,21 @@ def _outputs(model: nn.Module, batches: Sequence[Inputs]) -> list[list[Tensor]]:
                 if not found:
                     raise
     return found
+
+
+def running(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> set[str]:
+    """Which of these modules run on the inputs."""
+    seen: set[str] = set()
+    named = ((name, model.get_submodule(name)) for name in names)
+    hooks = (m.register_forward_hook(lambda *_, n=n: seen.add(n)) for n, m in named)
+    with hooked(hooks), run_quietly(model):
+        inputs(model)
+    return seen
+
+
+def still_read(changed: nn.Module, inputs: Inputs, names: Iterable[str]) -> str | None:
+    """That code runs something else than the modules that took these places, or None."""
+    names = set(names)
+    if names == running(changed, inputs, names):
+        return None
+    return "the network keeps the layer itself elsewhere, as in a list, and runs that"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,13 +12,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.names import first_names, modules_by_name, raw_tensors, tensors_by_name, unwrapped
-from ..core.writing import replacing, writable
+from ..core.writing import digest, holds, replacing, writable
 from ..coupling.norms import remembered
 from ..coupling.surgery import Cut, cut
 from ..prune.fitting import cut_for, fits_in, must_lead_to
@@ -65,7 +64,7 @@ def save_pruned(model: nn.Module, file: _Path, plan: Plan | None = None) -> None
     if plan is not None:
         about["plan"] = plan.to_json()
     tensors = {n: torch.empty(x.shape, dtype=x.dtype).copy_(x) for n, x in tensors.items()}
-    about["digest"] = _digest(tensors, about)
+    about["digest"] = digest(tensors, about)
     with replacing(file) as part:
         save_file(tensors, part, about)
 
@@ -135,7 +134,7 @@ def _read(file: _Path) -> _Content:
                 got = short(about["fasterai"])
                 raise ValueError(f"its format is {got}, this fasterai reads {_FORMAT!r}")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        if about.get("digest") != _digest(tensors, about):
+        if about.get("digest") != digest(tensors, about):
             raise ValueError("what is in it has changed since it was written")
         orders = _orders(parse(about.get("orders", "{}")), tensors)
         plan = Plan.from_json(about["plan"]) if "plan" in about else None
@@ -154,16 +153,6 @@ def _orders(orders: Any, tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
         if not whole or sorted(order) != list(range(tensors[name].ndim)):
             raise ValueError(f"{name!r} has no such order of dimensions")
     return orders
-
-
-def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
-    """SHA-256 of all that a file holds: shows damage, not who wrote it."""
-    rest = sorted((key, value) for key, value in about.items() if key != "digest")
-    shown = [(name, str(x.dtype), list(x.shape)) for name, x in sorted(tensors.items())]
-    digest = hashlib.sha256(json.dumps([rest, shown]).encode())
-    for _, x in sorted(tensors.items()):
-        digest.update(x.cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -220,18 +209,10 @@ def _to_store(network: nn.Module) -> dict[str, Tensor]:
     stored = _stored(network)
     found = {name: stored[name] for name in sorted(first_names(stored).values())}
     for name, x in found.items():
-        if is_traceable_wrapper_subclass(x) or x.layout != torch.strided or not _holds(x.dtype):
+        if is_traceable_wrapper_subclass(x) or x.layout != torch.strided or not holds(x.dtype):
             kind = f"{type(x).__name__}, {x.layout}, {x.dtype}"
             raise ValueError(f"safetensors cannot hold {name!r} ({kind})")
     return {name: x.detach().as_subclass(Tensor) for name, x in found.items()}
-
-
-def _holds(dtype: torch.dtype) -> bool:
-    try:
-        save({"x": torch.empty(0, dtype=dtype)})
-    except Exception:  # it raises a KeyError of its own table
-        return False
-    return True
 
 
 def _order(x: Tensor) -> list[int]:

@@ -97,7 +97,9 @@ def beyond(norm: nn.Module) -> nn.Module:
     after = [m for m in norm.children() if not isinstance(m, nn.Identity)]
     if len(after) == 1:
         return after[0]
-    return nn.Sequential(*after) if after else nn.Identity()
+    rest = nn.Sequential(*after) if after else nn.Identity()
+    rest.training = norm.training
+    return rest
 
 
 def watch_norms(model: nn.Module, inputs: Inputs) -> Seen:

@@ -24,6 +24,7 @@ from ..coupling.couple import couple
 from ..coupling.hooks import hooked
 from ..coupling.inputs import Inputs, run_quietly, tensors_in
 from ..coupling.probe import settle
+from .comparison import running, still_read
 from .ranks import Choice, choices, spent
 
 __all__ = ["low_rank"]
@@ -271,14 +272,17 @@ def _row(name: str, layer: nn.Module, new: nn.Sequential | None, reason: str) ->
 
 def _breaking(model: nn.Module, inputs: Inputs, new: Mapping[str, nn.Sequential]) -> dict[str, str]:
     """The layers without which a network does not run, and how it fails."""
-    before = _shapes(model, inputs)
+    before, ran = _shapes(model, inputs), running(model, inputs, new)
 
     def attempt(names: Sequence[str]) -> str | None:
+        changed = _with(model, {name: new[name] for name in names})
         try:
-            after = _shapes(_with(model, {name: new[name] for name in names}), inputs)
+            after = _shapes(changed, inputs)
         except Exception as error:  # whatever code raises that looks for its layer
             return f"without it the network breaks: {type(error).__name__}: {error}"
-        return None if after == before else f"without it the outputs have the shapes {after}"
+        if after != before:
+            return f"without it the outputs have the shapes {after}"
+        return still_read(changed, inputs, ran.intersection(names))
 
     failed: dict[str, str] = {}
     settle([], list(new), attempt, failed)

@@ -23,7 +23,7 @@ from ..core.writing import replacing, writable
 
 __all__ = ["SparseFileError", "load_sparse", "save_sparse"]
 
-_COLUMNS = 1021  # a prime: blocks of a disk that are mixed up fall into other columns
+_COLUMNS = 1021, 8191  # primes: what is mixed up, or changed twice, falls into other columns
 _Path = str | os.PathLike[str]
 
 # whatever reading leads to that was not written
@@ -87,7 +87,8 @@ def load_sparse(file: _Path, model: nn.Module | None = None) -> Any:
     try:
         if model is None:
             return _read(file)
-        _put(unwrapped(model), _read(file, mapped=False))
+        targets = _targets(unwrapped(model))
+        overwrite(targets, _read(file, targets))
     except _DAMAGE as error:
         raise SparseFileError(f"{os.fspath(file)} was not loaded: {error}") from error
     return model
@@ -108,18 +109,22 @@ def _digest(parts: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
         digest.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
         flat = x.reshape(-1).as_strided((x.numel(),), (1,))  # a single element may have any stride
         data = flat.view(torch.uint8).numpy()
-        whole = len(data) // (8 * _COLUMNS) * 8 * _COLUMNS
-        rows = data[:whole].view(np.uint64).reshape(-1, _COLUMNS)
-        digest.update(rows.sum(0, dtype=np.uint64).tobytes())
-        digest.update(data[whole:].tobytes())
+        for columns in _COLUMNS:
+            whole = len(data) // (8 * columns) * 8 * columns
+            rows = data[:whole].view(np.uint64).reshape(-1, columns)
+            digest.update(rows.sum(0, dtype=np.uint64).tobytes())
+            digest.update(data[whole:].tobytes())
     return digest.hexdigest()
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _read(file: _Path, *, mapped: bool = True) -> dict[str, Tensor]:
-    """The state dict in a file; what is dense there is mapped, or copied."""
+def _read(file: _Path, targets: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The state dict in a file; what is dense there is mapped, or copied where it is for targets.
+
+    Whether it fits these is seen before zeros take any room.
+    """
     with safe_open(os.fspath(file), "pt") as content:
         about = content.metadata() or {}
         if about.get("fasterai_sparse") != FORMAT:
@@ -133,6 +138,8 @@ def _read(file: _Path, *, mapped: bool = True) -> dict[str, Tensor]:
     named = [key for name, entry in entries.items() for key in entry.parts(name).values()]
     if sorted(named) != sorted(parts):
         raise ValueError("it does not hold the tensors that it lists")
+    if targets is not None:
+        _must_fit(entries, targets)
     state: dict[str, Tensor] = {}
     for name, entry in entries.items():
         if entry.form == "same":
@@ -140,7 +147,7 @@ def _read(file: _Path, *, mapped: bool = True) -> dict[str, Tensor]:
         else:
             own = {part: parts[key] for part, key in entry.parts(name).items()}
             x = _tensor(entry, own)
-            state[name] = x.clone() if entry.form == "dense" and not mapped else x
+            state[name] = x.clone() if entry.form == "dense" and targets is not None else x
     return state
 
 
@@ -199,22 +206,27 @@ def _inverse(order: Sequence[int]) -> list[int]:
 # --- into a model --------------------------------------------------------------------------------
 
 
-def _put(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a model these tensors; it is as it was where they do not fit."""
-    overwrite(_targets(model, state), state)
-
-
-def _targets(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters and buffers of a model that a state dict is for."""
+def _targets(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model that its state dict holds."""
+    own = {id(x) for x in (*model.parameters(), *model.buffers())}
     targets = model.state_dict(keep_vars=True)
-    for only, where in ((state.keys() - targets, "model"), (targets.keys() - state, "file")):
+    for name, x in targets.items():
+        if id(x) not in own:
+            raise ValueError(
+                f"{name!r} is made by the model's state_dict and is none of its tensors: pass no "
+                f"model, and what comes to model.load_state_dict"
+            )
+    return targets
+
+
+def _must_fit(entries: Mapping[str, Entry], targets: Mapping[str, Tensor]) -> None:
+    for only, where in ((entries.keys() - targets, "model"), (targets.keys() - entries, "file")):
         if only:
             raise ValueError(f"the {where} has no {', '.join(sorted(only)[:3])}")
     for name, target in targets.items():
-        x = state[name]
-        if (x.shape, x.dtype) != (target.shape, target.dtype) or target.is_meta:
+        shape, dtype = entries[name].shape, DTYPES[entries[name].dtype]
+        if (shape, dtype) != (tuple(target.shape), target.dtype) or target.is_meta:
             raise ValueError(
                 f"{name!r} is {tuple(target.shape)} {target.dtype} on {target.device} in the "
-                f"model, {tuple(x.shape)} {x.dtype} in the file"
+                f"model, {shape} {dtype} in the file"
             )
-    return targets

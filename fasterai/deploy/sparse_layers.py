@@ -23,7 +23,7 @@ from ..coupling.inputs import Inputs, operands_in, run_quietly
 from ..coupling.probe import settle
 from ..measure.profile import compare
 from .compact_layers import CompactLayer, can_be_compact, saving
-from .comparison import Comparison
+from .comparison import Comparison, still_read
 
 __all__ = ["SparseConv", "SparseLinear", "sparse_linear"]
 
@@ -163,7 +163,9 @@ def sparse_linear(
     failed: dict[str, str] = {}
 
     def attempt(names: Sequence[str]) -> str | None:
-        return same.fails(lambda network: _with_sparse(network, {n: rows[n] for n in names}))
+        some = {n: rows[n] for n in names}
+        why = same.fails(lambda network: _with_sparse(network, some))
+        return why or still_read(_with_sparse(model, some), few, names)
 
     kept = settle([], faster, attempt, failed)
     for name, why in failed.items():
@@ -246,6 +248,9 @@ def _measured(
         return row | {"reason": few if zeros < _LEAST else "too few whole rows or columns are zero"}
     if not arrived:
         return row | {"reason": "it did not run on the example inputs"}
+    arrived = Counter({how: n for how, n in arrived.items() if 0 not in how[0]})
+    if not arrived:
+        return row | {"reason": "only empty tensors arrived at it"}
     chance = torch.Generator().manual_seed(0)
     inputs = [
         (torch.empty_strided(shape, strides, dtype=dtype).normal_(generator=chance), times)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.writing import replacing
+from ..core.writing import digest, holds, replacing
 from .masks import Masks
 
 __all__ = ["read_ticket", "write_ticket"]
@@ -30,13 +30,16 @@ def write_ticket(masks: Masks, weights: Mapping[str, Tensor], step: int, file: P
         ValueError: a weight of a type that such files do not hold.
     """
     for name, w in weights.items():
-        if w.dtype == torch.complex128:
-            raise ValueError(f"{name!r} is {w.dtype}, which safetensors files do not hold")
-    bits = {f"{_MASK}{k}": _bits(mask) for k, mask in masks.items()}
-    dense = {f"{_WEIGHT}{k}": w.detach().to("cpu", copy=True) for k, w in weights.items()}
+        if w.layout != torch.strided or not holds(w.dtype):
+            kind = f"{w.layout}, {w.dtype}"
+            raise ValueError(f"{name!r} is {kind}, which safetensors files do not hold")
+    tensors = {f"{_MASK}{k}": _bits(mask) for k, mask in masks.items()}
+    for name, w in weights.items():
+        tensors[f"{_WEIGHT}{name}"] = w.detach().to("cpu", copy=True).contiguous()
     about = {"fasterai ticket": _FORMAT, "step": str(step), "shapes": json.dumps(masks.shapes)}
+    about["digest"] = digest(tensors, about)
     with replacing(file) as part:
-        save_file({**bits, **{k: w.contiguous() for k, w in dense.items()}}, part, about)
+        save_file(tensors, part, about)
 
 
 def read_ticket(file: Path) -> tuple[Masks, dict[str, Tensor], int]:
@@ -51,7 +54,11 @@ def read_ticket(file: Path) -> tuple[Masks, dict[str, Tensor], int]:
             if about.get("fasterai ticket") != _FORMAT:
                 raise ValueError(f"Ticket.save did not write it, in format {_FORMAT}")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if about.get("digest") != digest(tensors, about):
+            raise ValueError("what is in it has changed since it was written")
         step, shapes = int(about["step"]), json.loads(about["shapes"])
+        if step < 0:
+            raise ValueError(f"its step is {step}")
         weights = {k.removeprefix(_WEIGHT): x for k, x in tensors.items() if k.startswith(_WEIGHT)}
         masks = {k: _mask(tensors[f"{_MASK}{k}"], shape) for k, shape in shapes.items()}
         for name, mask in masks.items():

@@ -125,6 +125,12 @@ def restore(weights: Mapping[str, Tensor], model: nn.Module) -> None:
     there = {name: tuple(value.shape) for name, value in weights.items()}
     if here != there:
         raise ValueError(f"the weights are those of another network: {difference(there, here)}")
+    for name, value in state.items():
+        if value.dtype != weights[name].dtype:
+            raise ValueError(
+                f"{name!r} is {value.dtype} in the model, {weights[name].dtype} in the ticket: "
+                f"convert the model first"
+            )
     overwrite(state, weights)
 
 
