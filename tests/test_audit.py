@@ -1,6 +1,7 @@
 """Who pays: classes before and after, and layers that are cut alone."""
 
 import copy
+import math
 import random
 
 import matplotlib
@@ -19,6 +20,8 @@ from fasterai.audit.classes import class_audit
 from fasterai.audit.sensitivity import sensitivity
 from fasterai.core.criteria import squared_final
 from fasterai.core.schedule import one_shot
+from fasterai.core.target import Target
+from fasterai.prune.budget import UnreachableTarget
 from fasterai.prune.callback import PruneCallback
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.callback import SparsifyCallback
@@ -396,6 +399,24 @@ def test_targets_take_the_largest_share_that_is_borne():
 def wanted_widths(targets, model):
     whole = {name: model.get_submodule(name).weight.shape[0] for name in targets}
     return {name: n - round(targets[name] * n) for name, n in whole.items()}
+
+
+def test_floors_are_what_the_targets_leave():
+    learn = learner()
+    found = sense(learn, metric="loss", shares=(0.25, 0.5))
+    for drop in (0.0, 1.0):
+        borne, floors = found.targets(drop), found.floors(drop)
+        assert set(floors) == {"stem", "c1", "c2", "c3"} >= set(borne)
+        assert all(share == 1 - borne.get(name, 0) for name, share in floors.items())
+    whole = {n: m.out_channels for n, m in learn.model.named_modules() if isinstance(m, nn.Conv2d)}
+    model = copy.deepcopy(learn.model)
+    floors = {"stem": 0.75, "c1": 1.0, **found.floors(1.0)} | {"c1": 1.0}
+    Pruner(model, images()).prune_model(Target(parameters=0.7, floors=floors), context="global")
+    for name, share in floors.items():
+        assert model.get_submodule(name).out_channels >= math.ceil(share * whole[name])
+    assert model.c1.out_channels == whole["c1"]
+    with pytest.raises(UnreachableTarget, match="its floor"):
+        Pruner(model, images()).prune_model(Target(macs=0.5, floors=found.floors(0.0)))
 
 
 def test_all_that_removes_and_zeroes_takes_the_targets():

@@ -35,7 +35,7 @@ MAY = {
     "prune": {"core", "coupling", "measure", "score", "fit", "prune"},
     "tickets": {"core", "coupling", "measure", "score", "fit", "sparse", "tickets"},
     "regularize": {"core", "coupling", "measure", "score", "fit", "sparse", "regularize"},
-    "distill": {"core", "coupling", "measure", "score", "fit", "distill"},
+    "distill": {"core", "coupling", "measure", "score", "fit", "prune", "distill"},
     "audit": {"core", "coupling", "measure", "score", "prune", "audit"},
     "deploy": set(ORDER) - {"report"},
     "report": set(ORDER),

@@ -147,6 +147,20 @@ def test_what_is_too_fast_is_refused(machine):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_time_that_no_cut_saves_is_refused_before_anything_is_cut(machine):
+    """It passes outside of the operations that the table knows."""
+    known = machine()
+    first = known.of_network
+    known.of_network = lambda *args: first(*args) + 10
+    model, x = resnet()
+    pruner = GradualPruner(model, x)
+    (dense,) = known.whole(model, pruner.inputs.batch(1), 1, [nullcontext])
+    with pytest.raises(UnreachableTarget, match="the least that is left") as raised:
+        pruner.check(Target(latency_ms=5))
+    assert 10 < raised.value.least < dense
+    pruner.check(Target(latency_ms=1.1 * raised.value.least))
+
+
 def test_what_was_removed_before_counts_as_the_table_says(machine):
     machine()
     model, x = resnet()

@@ -171,6 +171,8 @@ def test_callbacks_of_ones_own_and_times():
     found = sweep(trained(), targets, 1, seconds=0.01, batch=2, **QUIET)
     table = found.table
     assert table["reached"].tolist()[1:] == [0.5, 0.5] and table["latency_ms"].gt(0).all()
+    on_one_clock = table["latency_ms"] * table["speedup"] / table.loc["dense", "latency_ms"]
+    assert on_one_clock.tolist() == pytest.approx([1.0] * 3)
     assert table.loc["zeros", "parameters"] == table.loc["dense", "parameters"]
     assert table.loc["both", "parameters"] < table.loc["dense", "parameters"]
     assert (found.model("zeros").c1.weight.flatten(1) == 0).all(1).sum() == 8

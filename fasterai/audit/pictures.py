@@ -27,23 +27,27 @@ def plot_sensitivity(
         ax: where to draw.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.transforms import ScaledTranslation
 
     rows, columns = table.shape
     if ax is None:
-        size = (max(4.5, 0.45 * columns + 2.5), max(2.2, 0.24 * rows + 1.4))
+        size = (max(4.5, 0.45 * columns + 2.5), max(2.6, 0.24 * rows + 1.6))
         ax = plt.subplots(figsize=size, layout="constrained")[1]
     worse_high = metric == "loss"
     shown = ax.imshow(table, aspect="auto", cmap="cividis_r" if worse_high else "cividis")
     ax.set_xticks(range(columns), [f"{share:.0%}" for share in table.columns])
     ax.set_yticks(range(rows), table.index, fontsize=8)
-    ax.set(xlabel="share of the layer's units cut", title=f"{metric} when one layer alone is cut")
-    bar = ax.figure.colorbar(shown, ax=ax, label=f"{metric} (dense: {dense:.3g})")
+    title = f"{metric} when one layer alone is cut (dense: {dense:.3g})"
+    ax.set(xlabel="share of the layer's units cut", title=title)
+    bar = ax.figure.colorbar(shown, ax=ax, label=metric)
     bar.ax.tick_params(labelsize=8)
     if marked:
         ends = [sum(s <= marked.get(name, -1) for s in table.columns) - 0.5 for name in table.index]
         x, y = np.repeat(ends, 2), np.repeat(np.arange(rows + 1) - 0.5, 2)[1:-1]
         ax.plot(x, y, color=_ORANGE, linewidth=2, clip_on=False, label="tolerated up to here")
-        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.22), fontsize=8, frameon=False)
+        below = ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)  # inches, for any height
+        at = {"bbox_to_anchor": (0, 0), "bbox_transform": ax.transAxes + below}
+        ax.legend(loc="upper left", fontsize=8, frameon=False, **at)
     return ax
 
 
@@ -71,9 +75,11 @@ def plot_classes(table: pd.DataFrame, model: pd.DataFrame, ax: Any = None) -> An
         y = line["intercept"] + size + line["before"] * x
         ax.plot(x, y, color="black", linewidth=1, linestyle="--", label="linear model, mean size")
         ax.legend(fontsize=8, frameon=False)
-    lost = known[known["change"] < 0].head(_NAMED)
-    for name, *at in zip(lost["class"], lost["before"], lost["change"], strict=True):
-        ax.annotate(str(name), at, xytext=(6, 0), textcoords="offset points", fontsize=8)
-    ax.set(xlabel="accuracy of the class before", ylabel="change")
+    lost, middle = known[known["change"] < 0].head(_NAMED), known["before"].mean()
+    for name, x, y in zip(lost["class"], lost["before"], lost["change"], strict=True):
+        at = {"xytext": (-8, 0), "ha": "right"} if x > middle else {"xytext": (8, 0)}
+        ax.annotate(str(name), (x, y), textcoords="offset points", va="center", fontsize=8, **at)
+    ax.set(xlabel="accuracy of the class before (dots: its size)", ylabel="change of accuracy")
+    ax.margins(0.12)
     ax.set_title("Which classes pay: change of accuracy by class")
     return ax

@@ -75,6 +75,16 @@ class Sensitivity:
                 found |= dict.fromkeys(self.coupled.get(name, (name,)), max(borne))
         return found
 
+    def floors(self, drop: float = 0.02) -> dict[str, float]:
+        """The least share of each layer's channels that has to stay: `{layer: share}`.
+
+        What `Target` takes as `floors`: the units compete for the budget, and no layer loses more
+        than `targets(drop)` has, nor any of those that it leaves out.
+        """
+        borne = self.targets(drop)
+        layers = (layer for name in self.table.index for layer in self.coupled.get(name, (name,)))
+        return {layer: round(1.0 - borne.get(layer, 0.0), 10) for layer in layers}
+
     def plot(self, drop: float | None = None, ax: Any = None) -> Any:
         """Draw the table as a map; a line marks what `targets(drop)` allows. Returns the axes."""
         marked = {} if drop is None else self.targets(drop)

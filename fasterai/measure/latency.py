@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +28,7 @@ from ..core.writing import replacing, writable
 from ..coupling.inputs import Inputs, map_tensors, operands_in, run_quietly
 from ..coupling.units import Axis, Coupling
 from .costs import Width, products, widths_seen
+from .machine import processor
 from .memory import freed_memory_kept
 
 __all__ = ["LatencyTable", "OperationTimes", "alternating", "operation_times"]
@@ -216,8 +216,7 @@ def alternating(
 def _processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    kind = platform.processor() or platform.machine()
-    return f"{device} {kind} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{device} {processor()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _timer(code: str, names: dict[str, Any], threads: int, device: torch.device) -> Timer:

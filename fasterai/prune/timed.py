@@ -47,6 +47,7 @@ class TimedBudget(Budget):
         super().__init__(*args)
         was = super().dense() if any(self.gone) else self._now
         self._dense_ms = was if dense_ms is None else dense_ms
+        self._least: float | None = None  # what the smallest network takes
 
     def dense(self) -> float:
         """What the dense network took."""
@@ -60,6 +61,23 @@ class TimedBudget(Budget):
         states = nullcontext, partial(shadowed, self.model, how)
         now, then = self._alternating(states)
         return then / now * self._now  # drift of the machine does not count
+
+    def check(self, goal: float) -> None:
+        """Raise an UnreachableTarget where even all that may go is not enough.
+
+        Before the first cut that is measured, too: the table does not tell the time that passes
+        outside of operations, and that no cut saves.
+        """
+        super().check(goal)
+        if any(self.gone):
+            return
+        if self._least is None:
+            try:
+                self._least = self.measured(self._smallest())
+            except Exception:  # it cannot lose all that at once; a trial will tell what it can
+                self._least = 0.0
+        if self._least > (1 + _OVER) * goal:
+            self._refuse(goal, self._least)
 
     def choose(
         self,

@@ -14,12 +14,12 @@ from torch import nn
 from ..core.checks import number
 from ..core.writing import replacing, writable
 from ..measure.counts import filled
+from ..measure.machine import machine
 from ..measure.pictures import plot_widths
 from ..measure.profile import compare
 from ..measure.weight_pictures import plot_zeros
 from ..prune.history import History
 from .html import heading, page, pairs, paragraph, picture, section, table
-from .machine import machine
 from .pictures import plot_cuts
 
 __all__ = ["report"]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["plot_cuts", "plot_frontier"]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
-_SHAPES = "os^Dv*"
+_SHAPES = "os^Dv*P"  # one more than colours: so many pairs differ
 _COSTS = {
     "macs": "MACs of one sample",
     "parameters": "parameters",

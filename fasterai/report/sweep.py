@@ -124,7 +124,9 @@ def sweep(
         way: 'gradual' prunes while it trains; 'one-shot' prunes first, then trains.
         cbs: further callbacks, the same in each fit.
         folder: where to keep what is done.
-        seconds: time each network for so long; 0 does not.
+        seconds: time each network for so long; 0 does not. `speedup` is measured by turns with the
+            checkpoint, and `latency_ms` is the checkpoint's by that: one clock for all of them.
+            What a `Target` of time reached is what was measured when it was cut.
         batch: samples of a forward that is timed.
         progress: show a bar.
         options: of `PruneCallback`: context, criteria, schedule, round_to, ...
@@ -273,7 +275,7 @@ class _Run:
                 return {**row, "met": False, "note": why}, None
             row["seconds"] = time.perf_counter() - begun
             network = unwrapped(self.learn.model)
-            row |= {**self._costs(network), **self._metrics()}
+            row |= {**self._costs(network, folder.dense.get("latency_ms")), **self._metrics()}
             row |= self._reached(target, cbs, row)
             file = folder.file(label)
             if file is not None:
@@ -284,7 +286,8 @@ class _Run:
                     row["note"] = f"the network could not be saved: {error}"
         return row, network
 
-    def _costs(self, network: nn.Module) -> dict[str, Any]:
+    def _costs(self, network: nn.Module, dense_ms: float | None = None) -> dict[str, Any]:
+        """What a network costs; its time by turns with the checkpoint's, of `dense_ms`."""
         example = self.inputs.given
         found = {
             "parameters": sum(p.numel() for p in network.parameters()),
@@ -296,8 +299,9 @@ class _Run:
             batches = None if self.inputs.samples is None else [self.batch]
             timed = compare(pair, example, batch_sizes=batches, seconds=self.seconds)
             took = timed["latency_ms"]
-            own = took[DENSE if network is self.start else "this"]
-            found |= {"latency_ms": float(own), "speedup": float(took[DENSE] / own)}
+            speedup = 1.0 if network is self.start else float(took[DENSE] / took["this"])
+            dense_ms = float(took[DENSE]) if dense_ms is None else dense_ms
+            found |= {"latency_ms": dense_ms / speedup, "speedup": speedup}
         return found
 
     def _metrics(self) -> dict[str, float | None]:

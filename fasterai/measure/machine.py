@@ -11,7 +11,7 @@ import torch
 
 import fasterai
 
-__all__ = ["machine"]
+__all__ = ["machine", "processor"]
 
 _PACKAGES = ("fastai", "torchvision", "timm", "transformers", "numpy")
 
@@ -19,7 +19,7 @@ _PACKAGES = ("fastai", "torchvision", "timm", "transformers", "numpy")
 def machine() -> dict[str, str]:
     """The machine and the versions, as far as they are known."""
     found = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores, threads torch uses": f"{os.cpu_count()}, {torch.get_num_threads()}",
         "system": platform.platform(terse=True),
     }
@@ -31,7 +31,8 @@ def machine() -> dict[str, str]:
     return found | {name: v for name in _PACKAGES if (v := _version(name)) is not None}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU, as far as the system tells."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
