@@ -27,7 +27,6 @@ def plot_sensitivity(
         ax: where to draw.
     """
     import matplotlib.pyplot as plt
-    from matplotlib.transforms import ScaledTranslation
 
     rows, columns = table.shape
     if ax is None:
@@ -45,9 +44,7 @@ def plot_sensitivity(
         ends = [sum(s <= marked.get(name, -1) for s in table.columns) - 0.5 for name in table.index]
         x, y = np.repeat(ends, 2), np.repeat(np.arange(rows + 1) - 0.5, 2)[1:-1]
         ax.plot(x, y, color=_ORANGE, linewidth=2, clip_on=False, label="tolerated up to here")
-        below = ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)  # inches, for any height
-        at = {"bbox_to_anchor": (0, 0), "bbox_transform": ax.transAxes + below}
-        ax.legend(loc="upper left", fontsize=8, frameon=False, **at)
+        _legend_below(ax)
     return ax
 
 
@@ -74,7 +71,7 @@ def plot_classes(table: pd.DataFrame, model: pd.DataFrame, ax: Any = None) -> An
         size = line.fillna(0)["size"] * known["size"].mean()
         y = line["intercept"] + size + line["before"] * x
         ax.plot(x, y, color="black", linewidth=1, linestyle="--", label="linear model, mean size")
-        ax.legend(fontsize=8, frameon=False)
+        _legend_below(ax)
     lost, middle = known[known["change"] < 0].head(_NAMED), known["before"].mean()
     for name, x, y in zip(lost["class"], lost["before"], lost["change"], strict=True):
         at = {"xytext": (-8, 0), "ha": "right"} if x > middle else {"xytext": (8, 0)}
@@ -83,3 +80,12 @@ def plot_classes(table: pd.DataFrame, model: pd.DataFrame, ax: Any = None) -> An
     ax.margins(0.12)
     ax.set_title("Which classes pay: change of accuracy by class")
     return ax
+
+
+def _legend_below(ax: Any) -> None:
+    """A legend under the label of the x axis, for axes of any height."""
+    from matplotlib.transforms import ScaledTranslation
+
+    below = ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)  # inches
+    at = {"bbox_to_anchor": (0, 0), "bbox_transform": ax.transAxes + below}
+    ax.legend(loc="upper left", fontsize=8, frameon=False, **at)

@@ -65,7 +65,8 @@ def plot_frontier(
             ax.annotate(label, at, place, textcoords="offset points", fontsize=8)
     cost = _COSTS.get(against, against)
     ax.set(xlabel=cost, ylabel=metric, title=f"{metric} against {cost}")
-    ax.xaxis.set_major_formatter(EngFormatter())
+    if against != "latency_ms":
+        ax.xaxis.set_major_formatter(EngFormatter())
     ax.margins(x=0.1, y=0.15)
     ax.legend(frameon=False, fontsize=8)
     return ax
