@@ -17,6 +17,7 @@ from networks import Residual, make
 from torch import nn
 
 from fasterai.core.criteria import grad_crit, large_init_large_final, movement
+from fasterai.score.criteria import wanda
 from fasterai.sparse.callback import KeepZeros
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.tickets.callback import LotteryTicket
@@ -388,6 +389,7 @@ def test_bad_arguments_are_refused_before_anything_is_trained():
         ({"rewind": float("nan")}, "rewind must be .*, got nan"),
         ({"rewind": float("inf")}, "rewind must be .*, got inf"),
         ({"criteria": grad_crit}, "no gradients"),
+        ({"criteria": wanda}, "wanda needs data"),
         ({"sparsity": 40}, "for 40% pass 0.4"),
         ({"granularity": "kernal"}, "did you mean 'kernel'"),
         ({"layers": "c9"}, "no layer 'c9'"),

@@ -9,9 +9,11 @@ import torch
 from networks import Plain, Residual, TwoHeads, apart, images, make
 from torch import nn
 
+from fasterai.core.target import Target
 from fasterai.deploy.export import export_onnx
 from fasterai.deploy.low_rank import factored, low_rank
 from fasterai.measure.profile import compare, macs
+from fasterai.prune.budget import UnreachableTarget
 from fasterai.prune.pruner import Pruner
 
 CONVS = [
@@ -361,3 +363,34 @@ def test_a_layer_that_is_run_from_elsewhere_stays():
     small, table = low_rank(model, x, 0.5, layers=["a", "b"])
     assert "keeps the layer itself elsewhere" in table["reason"][0] and table["reason"][1] == ""
     assert type(small.a) is nn.Linear and type(small.b) is nn.Sequential
+
+
+@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize("kind", ["macs", "parameters"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_targets_are_those_of_the_whole_network(context, kind, relative):
+    torch.manual_seed(0)
+    model, x = make(Residual), images(3)
+
+    def cost(network):
+        if kind == "macs":
+            return macs(network, x)[""]
+        return sum(p.numel() for p in network.parameters())
+
+    goal = 0.7 * cost(model)
+    target = Target(**{kind: 0.7 if relative else float(int(goal))})
+    small, _ = low_rank(model, x, target, context=context)
+    assert 0.6 * goal < cost(small) <= goal
+    with pytest.raises(UnreachableTarget) as raised:
+        low_rank(model, x, Target(**{kind: 0.01}), context=context)
+    assert 0.01 < raised.value.least < 1
+    least = Target(**{kind: raised.value.least * (1 + 1e-9)})
+    assert cost(low_rank(model, x, least, context="global")[0]) == pytest.approx(
+        raised.value.least * cost(model)
+    )
+
+
+@pytest.mark.parametrize("target", [Target(bytes=0.5), Target(macs=0.5, floors={"c1": 4})])
+def test_targets_of_channels_are_refused(target):
+    with pytest.raises(ValueError, match="counts macs or parameters"):
+        low_rank(make(Residual), images(2), target)

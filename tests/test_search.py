@@ -13,6 +13,7 @@ from torch import nn
 
 from fasterai.core.criteria import large_final
 from fasterai.core.masks import Limits
+from fasterai.core.target import Target
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.search import _drawn, _Swarm, particle_search
 from fasterai.score.oracle import oracle
@@ -198,6 +199,8 @@ def test_what_makes_no_sense_is_refused(kwargs, match):
     options = {"loss_func": loss_func, "progress": False, "particles": 2, "rounds": 1, **kwargs}
     with pytest.raises(ValueError, match=match):
         particle_search(Pruner(model, batches()[0][0]), data, sparsity, **options)
+    with pytest.raises(TypeError, match="remove as many units; pass that share"):
+        search(make(Residual, torch.float64), sparsity=Target(macs=0.5))
     nothing = nn.Sequential(nn.Linear(3, 4))
     with pytest.raises(ValueError, match="nothing to prune"):
         search(nothing, data=[(torch.ones(2, 3), torch.ones(2, 4))])

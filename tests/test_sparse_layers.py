@@ -251,3 +251,16 @@ def test_the_clock_decides_where_nobody_tells():
 def test_other_devices_are_refused():
     with pytest.raises(ValueError, match=r"the model is on meta.*model.cpu\(\)"):
         sparse_linear(nn.Linear(4, 4, device="meta"), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(16, 8), nn.Conv2d(16, 8, 1)])
+def test_autocast_leaves_sparse_layers_their_type(layer):
+    x = torch.randn(4, 16) if isinstance(layer, nn.Linear) else torch.randn(4, 16, 3, 3)
+    forms = (
+        [SparseConv(layer)] if x.ndim == 4 else [SparseLinear(layer), SparseLinear(layer, "rows")]
+    )
+    for form in forms:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            out = form(x.bfloat16())
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out, layer(x.bfloat16().float()).detach())

@@ -55,8 +55,9 @@ class Gathered:
         if name not in known:
             raise ValueError(
                 f"{who} knows nothing of {name}: no {need!r} was gathered there, for it is not "
-                f"of the network that was scored, or takes part in a way that cannot be watched. "
-                f"Leave its layer out, as in exclude=[{name.rpartition('.')[0]!r}], or take "
+                f"of the network that was scored, takes part in a way that cannot be watched, or "
+                f"none of its units was measured. Leave its layer "
+                f"out, as in exclude=[{name.rpartition('.')[0]!r}], or take "
                 f"another criterion"
             )
         exact = torch.promote_types(weight.dtype, torch.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 from ..core.copies import copied
 from ..core.masks import as_context, as_fraction
 from ..core.names import LayerChoice, pick, unwrapped
+from ..core.target import Target
 from ..coupling.couple import couple
 from ..coupling.hooks import hooked
 from ..coupling.inputs import Inputs, run_quietly, tensors_in
 from ..coupling.probe import settle
+from ..measure.counts import macs, numbers_needed
+from ..prune.budget import UnreachableTarget
 from .comparison import running, still_read
 from .ranks import Choice, choices, spent
 
@@ -36,7 +40,7 @@ _ROUNDS = 5  # of alternating updates
 def low_rank(
     model: nn.Module,
     example_inputs: Any,
-    share: float,
+    share: float | Target,
     *,
     context: str = "local",
     of: str = "weights",
@@ -51,10 +55,11 @@ def low_rank(
     Args:
         model: the network; it is left as it was.
         example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs.
-        share: of the layers' weights or MACs that remains at most, between 0 and 1.
+        share: of the layers' weights or MACs that remains at most, between 0 and 1; or what the
+            whole network may have, `Target(macs=...)` or `Target(parameters=...)`.
         context: 'local': that share of each layer; 'global': of all of them together, spent so
             that the layers keep most of the energy of their weights.
-        of: 'weights' or 'macs'.
+        of: 'weights' or 'macs'; a target says so itself.
         layers: names or types; default every linear layer and conv but the output layer.
         exclude: names or types of layers that stay.
 
@@ -66,10 +71,16 @@ def low_rank(
     Raises:
         ValueError: no fraction, an unknown layer, inputs the network cannot be run on, or a global
             share that ranks of 1 exceed.
+        UnreachableTarget: products of smaller layers are not that small.
     """
-    model, share, context = unwrapped(model), as_fraction(share, "share"), as_context(context)
-    if of not in ("weights", "macs"):
+    model, context = unwrapped(model), as_context(context)
+    numbers_needed(model)
+    target = share if isinstance(share, Target) else None
+    if target is not None:
+        of = _counted_by(target)
+    elif of not in ("weights", "macs"):
         raise ValueError(f"of must be 'weights' or 'macs', got {of!r}")
+    share = 1.0 if target is not None else as_fraction(share, "share")
     inputs = Inputs.fitting(model, example_inputs)
     modules, owners = dict(model.named_modules()), _owners(model)
     names = _chosen(model, inputs, layers, exclude)
@@ -80,7 +91,10 @@ def low_rank(
     forms = {n: choices(modules[n], places.get(n, (1, 1))) for n in names if not reasons[n]}
     new: dict[str, nn.Sequential] = {}
     while True:
-        taken = _taken(forms, share, context)
+        budget = None if target is None else _Budget.of(target, model, inputs, forms)
+        taken = _taken(forms, share if budget is None else budget.share, context)
+        if budget is not None:
+            budget.must_hold(taken)
         reasons |= {name: _why(choice) for name, choice in taken.items()}
         new = {n: _made(modules[n], c, new.get(n)) for n, c in taken.items() if c and c.ranks}
         failed = _breaking(model, inputs, new)
@@ -159,6 +173,75 @@ def _onto(basis: Tensor, x: Tensor, dim: int) -> Tensor:
 
 
 # --- how small, within the budget ----------------------------------------------------------------
+
+
+def _counted_by(target: Target) -> str:
+    """What the forms of layers cost under this target."""
+    counted = {"macs": "macs", "parameters": "weights"}
+    if target.kind not in counted or target.floors or target.caps:
+        raise ValueError(
+            f"low_rank counts macs or parameters and has no floors and caps of channels, got "
+            f"{target}; pass Target(macs=0.5), or a share with of='weights'"
+        )
+    return counted[target.kind]
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """A target of the whole network, for the layers that can be taken apart.
+
+    Args:
+        target: it.
+        goal: what the network may cost.
+        rest: what it costs without these layers.
+        forms: of these layers.
+    """
+
+    target: Target
+    goal: float
+    rest: float
+    forms: Mapping[str, Sequence[Choice]]
+
+    @classmethod
+    def of(
+        cls,
+        target: Target,
+        model: nn.Module,
+        inputs: Inputs,
+        forms: Mapping[str, Sequence[Choice]],
+    ) -> _Budget:
+        """The budget, counted for as many samples as the costs of the forms."""
+        if target.kind == "macs":
+            samples = inputs.samples or 1
+            total = macs(model, inputs)[""] * samples
+        else:
+            samples, total = 1, sum(p.numel() for p in model.parameters())
+        goal = target.goal(total / samples) * samples
+        return cls(target, goal, total - sum(some[-1].cost for some in forms.values()), forms)
+
+    @property
+    def share(self) -> float:
+        """What remains of the layers."""
+        whole = sum(some[-1].cost for some in self.forms.values())
+        least = self.rest + sum(some[0].cost for some in self.forms.values())
+        if least > self.goal or not whole:
+            self._refuse(least)
+        return min(1.0, (self.goal - self.rest) / whole)
+
+    def must_hold(self, taken: Mapping[str, Choice | None]) -> None:
+        """Raise an UnreachableTarget where layers that stay whole exceed it."""
+        forms = self.forms
+        cost = self.rest + sum((c or forms[name][-1]).cost for name, c in taken.items())
+        if cost > self.goal * (1 + 1e-12):
+            self._refuse(cost)
+
+    def _refuse(self, least: float) -> None:
+        part = least / self.goal * self.target.value
+        raise UnreachableTarget(
+            f"{self.target} cannot be reached: with these layers as products {part:.4g} is the "
+            f"least; ask for less, for context='global', or for more layers",
+            part,
+        )
 
 
 def _taken(

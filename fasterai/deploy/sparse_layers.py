@@ -56,6 +56,10 @@ class _Sparse(nn.Module):
         self.training = layer.training
         self._checked: Any = None
 
+    def _plain(self, x: Tensor) -> Tensor:
+        """The input in the type of the weight: autocast knows no sparse kernels."""
+        return x.to(self.values.dtype) if torch.is_autocast_enabled("cpu") else x
+
     @property
     def weight(self) -> Tensor:
         """The sparse matrix, (out, in); it has no storage that could be copied, so it is made.
@@ -89,12 +93,13 @@ class SparseLinear(_Sparse):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (..., in) to (..., out)."""
-        flat = x.reshape(-1, x.shape[-1])
-        if self.by == "rows":
-            out = F.linear(flat, self.weight, self.bias)
-        else:
-            out = (self.weight @ flat.t()).t()
-            out = out if self.bias is None else out + self.bias
+        flat = self._plain(x).reshape(-1, x.shape[-1])
+        with torch.autocast("cpu", enabled=False):
+            if self.by == "rows":
+                out = F.linear(flat, self.weight, self.bias)
+            else:
+                out = (self.weight @ flat.t()).t()
+                out = out if self.bias is None else out + self.bias
         return out.reshape(*x.shape[:-1], out.shape[1])
 
 
@@ -109,13 +114,14 @@ class SparseConv(_Sparse):
         """Maps x (N, in, *) to (N, out, *), or without N."""
         if x.ndim == self.dims - 1:
             return self(x[None])[0]
-        flat, weight = x.flatten(2), self.weight
-        out = x.new_empty(len(x), len(weight), flat.shape[2])
-        for sample, result in zip(flat, out, strict=True):
-            if self.bias is None:
-                torch.mm(weight, sample, out=result)
-            else:
-                torch.addmm(self.bias[:, None], weight, sample, out=result)
+        flat, weight = self._plain(x).flatten(2), self.weight
+        out = flat.new_empty(len(x), len(weight), flat.shape[2])
+        with torch.autocast("cpu", enabled=False):
+            for sample, result in zip(flat, out, strict=True):
+                if self.bias is None:
+                    torch.mm(weight, sample, out=result)
+                else:
+                    torch.addmm(self.bias[:, None], weight, sample, out=result)
         return out.unflatten(2, x.shape[2:])
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..core.checks import number
+from ..core.checks import number, whole
 from ..core.names import unwrapped
 from ..coupling.hooks import hooked
 from ..coupling.inputs import Inputs, run_quietly
@@ -258,7 +258,7 @@ def _now(device: torch.device) -> Callable[[], float]:
 def _threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(threads or before)
+        torch.set_num_threads(before if threads is None else whole(threads, "threads", 1))
         yield
     finally:
         torch.set_num_threads(before)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Measurement, Timer
 
-from ..core.checks import number
+from ..core.checks import number, whole
 from ..core.names import must_be_module
 from ..coupling.inputs import Inputs, run_quietly
 from .counts import counts, filled, macs, numbers_needed
@@ -85,7 +85,7 @@ def compare(
         raise TypeError(f"batch_sizes are several, as in [1, 16], got {batch_sizes}")
     batches = list(batch_sizes or [inputs.samples])
     sized = {batch: inputs if batch is None else inputs.batch(batch) for batch in batches}
-    threads = threads or torch.get_num_threads()
+    threads = torch.get_num_threads() if threads is None else whole(threads, "threads", 1)
     rows = []
     fixed = {name: _size(model, inputs, files) for name, model in networks.items()}
     for batch in batches:

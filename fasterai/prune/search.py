@@ -22,6 +22,7 @@ from ..core.criteria import Criterion, as_criterion
 from ..core.masks import Limits, as_context, as_fraction
 from ..core.names import unwrapped
 from ..core.progress import with_bar
+from ..core.target import refuse_target
 from ..coupling.probe import Removal
 from ..coupling.ranking import bundles_of, unit_scores
 from ..coupling.surgery import shadowed
@@ -117,6 +118,7 @@ def particle_search(
     particles, rounds = whole(particles, "particles", 2), whole(rounds, "rounds", 1)
     if not is_number(noise) or not 0 < noise <= 1:
         raise ValueError(f"noise must be in (0, 1], got {noise!r}")
+    refuse_target(sparsity, "the masks that are compared remove as many units; pass that share")
     swarm = _Swarm(pruner, as_fraction(sparsity), as_context(context), Limits(min_keep, round_to))
     batches = in_memory(dl, unwrapped(pruner.model), n_batches)
     generator = torch.Generator().manual_seed(seed)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.checks import is_number, whole
 from ..core.copies import copied
 from ..core.criteria import Criterion, as_criterion, large_final, random_scores
+from ..core.gathered import GATHERED
 from ..core.masks import as_fraction
 from ..core.names import LayerChoice, unwrapped
 from ..coupling.inputs import Inputs
@@ -96,8 +97,15 @@ class LotteryTicket:
             as_fraction(sparsity)
         whole(rounds, "rounds", 1)
         _check_rewind(rewind)
-        if "gradient" in as_criterion(criteria).needs:
+        criterion = as_criterion(criteria)
+        if "gradient" in criterion.needs:
             raise ValueError("after a fit there are no gradients: take criteria that read weights")
+        unseen = [need for need in criterion.wants if need in GATHERED]
+        if unseen:
+            raise ValueError(
+                f"{criterion.name} needs data, and each round ranks what was trained last, with no "
+                f"batch at hand: take criteria that read weights"
+            )
         self.learn, self.sparsity, self.rounds, self.rewind = learn, sparsity, rounds, rewind
         self.context, self.criteria = context, criteria
         self._choice = {
