@@ -116,7 +116,10 @@ def test_what_was_found_stands_on_the_page(everything):
     for layer in cb.report()["layer"]:
         assert any(row[0] == layer for row in shown.rows)
     costs = next(row for row in shown.rows if row[0] == "network")
-    assert costs[1:] == list(compare(networks, X, **QUICK).columns)
+    known = compare(networks, X, **QUICK)
+    same = ["batch", "device", "dtype", "threads"]  # for both; nothing is noted of either
+    assert costs[1:] == list(known.columns.drop([*same, "uncounted", "note"]))
+    assert all(f"{name} {known[name].iloc[0]}" in shown.source for name in same)
     assert "Target(parameters=10) cannot be reached" in shown.source
     assert len(shown.pictures) >= 6 and all(p.width > 200 for p in shown.pictures)
     alts = [v for k, v in shown.attributes if k == "alt"]

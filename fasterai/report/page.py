@@ -151,9 +151,12 @@ def _costs(networks: Any, example_inputs: Any, seconds: float) -> list[str]:
     if networks is None:
         return []
     found = compare(networks, example_inputs, seconds=seconds)
+    empty = [name for name in ("uncounted", "note") if not found[name].astype(bool).any()]
+    same = [name for name in ("batch", "device", "dtype", "threads") if found[name].nunique() == 1]
+    how = ", ".join(f"{name} {found[name].iloc[0]}" for name in same)
     return [
-        table(found, index=True),
-        paragraph("Times are medians of forward passes in eval mode that took turns."),
+        table(found.drop(columns=[*empty, *same]), index=True),
+        paragraph(f"Times are medians of forward passes in eval mode that took turns; {how}."),
     ]
 
 
