@@ -180,13 +180,18 @@ def sparse_learning(model, x, arm: dict):
 
 
 def table(lines: list[dict]) -> pd.DataFrame:
-    """Accuracy in percent by arm and share: the mean over seeds, the best first, and its range."""
+    """Accuracy in percent by arm and share: the mean over seeds, the best first, and its range;
+    and `half`, whether some of it was trained in bfloat16.
+    """
     found = pd.DataFrame(lines)
+    half = found.assign(arm=[named(line) for line in lines], half=found["type"] == "bfloat16")
+    half = half.pivot_table("half", "arm", "share", aggfunc="max")
     found["accuracy"] *= 100
     found["arm"] = [named(line) for line in lines]
     found = found.pivot_table("accuracy", "arm", "share", aggfunc=["mean", "min", "max"])
     found = found.sort_index(axis=1, ascending=False, level=1)
-    return found.sort_values([("mean", share) for share in found["mean"]], ascending=False)
+    found = found.sort_values([("mean", share) for share in found["mean"]], ascending=False)
+    return found.join(pd.concat({"half": half}, axis=1))
 
 
 def show(found: pd.DataFrame) -> None:
@@ -194,14 +199,16 @@ def show(found: pd.DataFrame) -> None:
     print(f"| arm | {' | '.join(f'{share:.0%} of the MACs' for share in shares)} |")
     print("| --- " * (1 + len(shares)) + "|")
     for name, row in found.iterrows():
-        cells = [cell(*(row[what, share] for what in ("mean", "min", "max"))) for share in shares]
+        kinds = ("mean", "min", "max", "half")
+        cells = [cell(*(row[what, share] for what in kinds)) for share in shares]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def cell(mean: float, low: float, high: float) -> str:
+def cell(mean: float, low: float, high: float, half: bool) -> str:
     if pd.isna(mean):
         return ""
-    return f"{mean:.1f}%" + (f" ({low:.1f} to {high:.1f})" if high > low else "")
+    spread = f" ({low:.1f} to {high:.1f})" if high > low else ""
+    return f"{mean:.1f}%{'*' * bool(half)}{spread}"
 
 
 def picture(found: pd.DataFrame, title: str, file: Path) -> None:
@@ -263,7 +270,10 @@ def report(lines: list[dict], file: Path) -> None:
         trained = f"{epochs} epochs of {images:,} images in batches of {batch}, rate {lr}"
         hours = sum(line["seconds"] for line in own) / 3600
         print(f"\nResNet-{depth}, {trained}: {len(own)} runs, {hours:.1f} hours\n")
-        show(table(own))
+        shown = table(own)
+        show(shown)
+        if shown["half"].fillna(False).to_numpy().any():
+            print("\n\\* some or all of it in bfloat16, the others in float32")
         if (depth, epochs, images, batch, lr) == tuple(SHORT.values()):
             title = "CIFAR-10, ResNet-20: accuracy after the same training"
             picture(table(own), title, file.with_suffix(".png"))
