@@ -3,22 +3,27 @@ and memory; a JSON line each, and a table in the end. The same is asked of torch
 helped: it is told which layers make the outputs, and how many heads attention layers have.
 
     python benchmarks/coverage.py [--libraries fastai torchvision timm transformers]
-        [--networks resnet18 ...] [--checks ranked exact peer] [--seconds 300] [--out lines.jsonl]
+        [--networks resnet18 ...] [--checks ranked exact budget peer] [--seconds 300]
+        [--out lines.jsonl]
 
 What is in the file already is not run again, but where time ran out.
 
 ranked: `prune_model(0.5)` removes half of every axis that is not pinned, at least 5% of the
 parameters; the eval outputs keep their shapes; another batch trains. exact: half of every free
 axis is zeroed under random norm statistics and removed; how far outputs are apart, float64.
+budget: 70% of the MACs and of the parameters are asked for; what the network then costs, as a share
+of what is allowed, "local" (an equal share of each layer) and "global".
 peer: torch-pruning cuts half of the channels; the same demands.
 """
 
 import argparse
+import copy
 import json
 import multiprocessing
 import resource
 import time
 import warnings
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -161,6 +166,30 @@ def exact(library, name):
     }
 
 
+def budget(library, name):
+    from fasterai.core.target import Target
+    from fasterai.measure.profile import macs
+    from fasterai.prune.budget import UnreachableTarget
+    from fasterai.prune.pruner import Pruner
+
+    model, inputs = zoo.build(library, name)
+    x = inputs(2)
+    pruner = Pruner(model, x)
+    costs = {"macs": lambda network: macs(network, x)[""], "parameters": parameters}
+    shares, least = {}, {}
+    for (kind, cost), context in product(costs.items(), ("local", "global")):
+        target, key = Target(**{kind: 0.7}), f"{kind}, {context}"
+        try:
+            plan = pruner.plan_for(target, context=context, verify=False)
+        except UnreachableTarget as error:
+            least[key] = round(error.least / cost(model), 3)
+            continue
+        smaller = plan.apply(copy.deepcopy(model))
+        shares[key] = round(cost(smaller) / target.goal(cost(model)), 4)
+    ok = all(share <= 1 for share in shares.values()) and all(n > 0.7 for n in least.values())
+    return {"ok": ok, "shares": shares, "least": least}
+
+
 def peer(library, name):
     import torch_pruning as tp
 
@@ -202,7 +231,7 @@ def peer(library, name):
 
 
 OUT_OF_TIME = {"ok": False, "error": "out of time"}
-CHECKS = {"ranked": ranked, "exact": exact, "peer": peer}
+CHECKS = {"ranked": ranked, "exact": exact, "budget": budget, "peer": peer}
 
 
 def child(check, library, name, gigabytes, threads, send):
