@@ -20,6 +20,7 @@ from fasterai.coupling.norms import remembered
 from fasterai.deploy import export
 from fasterai.deploy.comparison import copied
 from fasterai.deploy.export import export_onnx, export_program
+from fasterai.deploy.sparse_layers import SparseLinear
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
 
@@ -338,6 +339,16 @@ def test_what_onnxruntime_cannot_run_is_told(tmp_path):
     assert not os.listdir(tmp_path)
     half = images().bfloat16()
     assert apart(model(half), export_program(model, half).module()(half)) < 0.05
+
+
+def test_what_has_no_program_is_told(tmp_path):
+    sparse = nn.Sequential(SparseLinear(nn.Linear(8, 8)), nn.Linear(8, 2)).eval()
+    for written in (export_program, lambda *a: export_onnx(*a, tmp_path / "a.onnx")):
+        with pytest.raises(ValueError, match="'0' multiplies with a sparse matrix"):
+            written(sparse, torch.randn(2, 8))
+        with pytest.raises(ValueError, match="meta device"):
+            written(nn.Linear(8, 2, device="meta").eval(), torch.randn(2, 8))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_missing_is_told_at_once(tmp_path, monkeypatch):

@@ -19,7 +19,9 @@ from ..core.copies import copied
 from ..core.names import unwrapped
 from ..core.writing import writable
 from ..coupling.inputs import Inputs, plainly, run_quietly, tensors_in
+from ..measure.counts import numbers_needed
 from ..prune.check import differences
+from .sparse_layers import SparseConv, SparseLinear
 
 __all__ = ["export_onnx", "export_program"]
 
@@ -112,6 +114,13 @@ def must_have(*packages: str) -> None:
 
 def _ready(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Inputs]:
     network, inputs = unwrapped(model), Inputs.of(example_inputs, samples=None)
+    numbers_needed(network)
+    for name, module in network.named_modules():
+        if isinstance(module, SparseLinear | SparseConv):
+            raise ValueError(
+                f"{name!r} multiplies with a sparse matrix, which programs and ONNX do not know: "
+                f"export the network that sparse_linear was given"
+            )
     inputs.check(network)
     return network, inputs
 
