@@ -17,7 +17,6 @@ peer: torch-pruning cuts half of the channels; the same demands.
 """
 
 import argparse
-import copy
 import json
 import multiprocessing
 import resource
@@ -167,6 +166,7 @@ def exact(library, name):
 
 
 def budget(library, name):
+    from fasterai.core.copies import copied
     from fasterai.core.target import Target
     from fasterai.measure.profile import macs
     from fasterai.prune.budget import UnreachableTarget
@@ -184,7 +184,7 @@ def budget(library, name):
         except UnreachableTarget as error:
             least[key] = round(error.least / cost(model), 3)
             continue
-        smaller = plan.apply(copy.deepcopy(model))
+        smaller = plan.apply(copied(model))
         shares[key] = round(cost(smaller) / target.goal(cost(model)), 4)
     ok = all(share <= 1 for share in shares.values()) and all(n > 0.7 for n in least.values())
     return {"ok": ok, "shares": shares, "least": least}
