@@ -212,8 +212,10 @@ class _Budget:
     ) -> _Budget:
         """The budget, counted for as many samples as the costs of the forms."""
         if target.kind == "macs":
-            samples = inputs.samples or 1
-            total = macs(model, inputs)[""] * samples
+            samples, counted = inputs.samples or 1, macs(model, inputs)
+            if not counted:
+                raise ValueError(f"{target}: the MACs of this network cannot be counted")
+            total = counted[""] * samples
         else:
             samples, total = 1, sum(p.numel() for p in model.parameters())
         goal = target.goal(total / samples) * samples
@@ -239,7 +241,7 @@ class _Budget:
         part = least / self.goal * self.target.value
         raise UnreachableTarget(
             f"{self.target} cannot be reached: with these layers as products {part:.4g} is the "
-            f"least; ask for less, for context='global', or for more layers",
+            f"least; pass more, context='global', or more layers",
             part,
         )
 
