@@ -6,7 +6,8 @@ measured; and cuts to half of the MACs, each with widths as they come and with m
 torch-pruning's (L1 norm, told the heads and the output layer, its ratio bisected) and ours to the
 MACs that torch-pruning reached, half where it fails; and ours by time, as fast as torch-pruning's
 with multiples of 16. The share of the ideal is how many times as fast the network became by how
-many times fewer MACs it has. Lines that are there are not measured again.
+many times fewer MACs it has; behind it half of the range of three rounds. Lines that are there are
+not measured again.
 
     python benchmarks/speed.py [--networks resnet50 ...] [--batches 1 16] [--threads 1]
         [--channels-last] [--compile] [--no-peer] [--seconds 2] [--out FILE]
@@ -14,6 +15,7 @@ many times fewer MACs it has. Lines that are there are not measured again.
 
 import argparse
 import copy
+import statistics
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,7 @@ from fasterai.prune.pruner import Pruner
 NETWORKS = ["resnet50", "mobilenet_v2", "vgg16_bn", "vit_b_16", "efficientnet_b0", "convnext_tiny"]
 OUT = HERE / "results" / "speed.jsonl"
 ROUND_TO = 16
+RUNS = 3
 BY_TIME = "ours, by time"
 
 
@@ -125,10 +128,13 @@ def measured(name, batch, args):
     counted = {n: macs(m, x)[""] for n, m in networks.items()}
     if args.compile:
         networks = {n: torch.compile(m) for n, m in networks.items()}
-    ms = timed(networks, images, args)
+    runs = [timed(networks, images, args) for _ in range(RUNS)]
+    gains = {n: [ms["dense"] / ms[n] for ms in runs] for n in networks}
     return {
         "target": {k: getattr(met, k) for k in ("dense", "goal", "predicted", "measured")},
-        "ms": ms,
+        "ms": {n: statistics.median(ms[n] for ms in runs) for n in networks},
+        "gain": {n: statistics.median(found) for n, found in gains.items()},
+        "spread": {n: (max(found) - min(found)) / 2 for n, found in gains.items()},
         "macs": counted,
         "failed": failed,
     }
@@ -158,9 +164,11 @@ def show(lines):
             if title not in ms:
                 cells.append(line["failed"].get(title, ""))
                 continue
-            gain = ms["dense"] / ms[title]
+            gain = line.get("gain", {}).get(title, ms["dense"] / ms[title])
             ideal = macs_["dense"] / macs_[title]
-            cells.append(f"{gain:.2f} of {ideal:.2f}: {gain / ideal:.2f}")
+            spread = line.get("spread", {}).get(title)
+            about = "" if spread is None else f" \u00b1{spread / ideal:.2f}"
+            cells.append(f"{gain:.2f} of {ideal:.2f}: {gain / ideal:.2f}{about}")
         print(f"| {' | '.join(cells)} |")
 
 
