@@ -378,7 +378,6 @@ def test_a_schedule_of_ones_own_and_once_an_epoch():
         (("0.5",), "fraction in"),
         (((0.5, 0.2),), "must not be below"),
         (((0.1, 0.2, 0.3),), "initial, final"),
-        (({},), "at least one layer"),
         ((0.5, "filtre"), "did you mean 'filter'"),
         ((0.5, "filter", "globl"), "context"),
         (({"c1": 0.5}, "weight", "global"), "needs context='local'"),

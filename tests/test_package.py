@@ -56,7 +56,8 @@ def test_no_placeholder_was_left(path):
 def test_no_path_of_the_machine_it_was_made_on():
     here = [str(ROOT), str(Path.home()), tempfile.gettempdir()]
     for path in [*ROOT.glob("*.md"), *NOTEBOOKS, *(ROOT / "fasterai").rglob("*.py")]:
-        assert not any(place in path.read_text() for place in here), path
+        text = re.sub(r'"image/png": "[^"]*"', "", path.read_text())  # letters at random
+        assert not any(place in text for place in here), path
 
 
 def imported(path):

@@ -78,8 +78,8 @@ def must_be_module(model: Any) -> None:
     """Raise a TypeError where it is none, as where a Learner is passed."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}, whose code is fixed: "
-            f"pass the module that it was made of"
+            "model must be a torch.nn.Module, got a ScriptModule, whose code is fixed: pass the "
+            "module that it was made of"
         )
     if not isinstance(model, nn.Module):
         fix = "; pass learn.model" if isinstance(getattr(model, "model", None), nn.Module) else ""
