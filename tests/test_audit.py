@@ -208,6 +208,18 @@ def test_other_tasks_are_refused(target, message):
         quiet(Says(), Says(), [(X2, target)])
 
 
+def test_sensitivity_knows_single_outputs_and_the_first_of_several():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
+    x, y = torch.randn(40, 3), torch.rand(40) < 0.5
+    right = ((model(x)[:, 0] > 0) == y).double().mean().item()
+    for network in (model, Several(model)):
+        found = sense(network, [(x, y.long())], shares=(0.5,), metric="accuracy")
+        assert found.dense == pytest.approx(right)
+    two = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert sense(two, [(x, y.long())], shares=(1.0,)).floors(9.0) == {"2": 1.0}  # no floor of 0
+
+
 class Several(nn.Module):
     """Gives more than scores, as fastai's text classifiers do."""
 
@@ -406,14 +418,15 @@ def test_floors_are_what_the_targets_leave():
     found = sense(learn, metric="loss", shares=(0.25, 0.5))
     for drop in (0.0, 1.0):
         borne, floors = found.targets(drop), found.floors(drop)
-        assert set(floors) == {"stem", "c1", "c2", "c3"} >= set(borne)
+        assert set(floors) == {"stem", "c1", "c2", "c3", "head"} > set(borne)
         assert all(share == 1 - borne.get(name, 0) for name, share in floors.items())
     whole = {n: m.out_channels for n, m in learn.model.named_modules() if isinstance(m, nn.Conv2d)}
     model = copy.deepcopy(learn.model)
-    floors = {"stem": 0.75, "c1": 1.0, **found.floors(1.0)} | {"c1": 1.0}
+    floors = sense(learn, metric="loss", shares=(0.25, 0.5), exclude="c1").floors(1.0)
     Pruner(model, images()).prune_model(Target(parameters=0.7, floors=floors), context="global")
     for name, share in floors.items():
-        assert model.get_submodule(name).out_channels >= math.ceil(share * whole[name])
+        width = len(model.get_submodule(name).weight)
+        assert width >= math.ceil(share * whole.get(name, width))
     assert model.c1.out_channels == whole["c1"]
     with pytest.raises(UnreachableTarget, match="its floor"):
         Pruner(model, images()).prune_model(Target(macs=0.5, floors=found.floors(0.0)))

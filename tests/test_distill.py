@@ -355,7 +355,14 @@ def test_values_follow_a_callback_that_prunes(given):
     ours, theirs, apart = zip(*seen, strict=True)
     width = dense.stem.out_channels
     assert apart == (0.0,) * len(seen) and ours[0] == width > ours[4] > ours[-1]
-    assert set(theirs[:5]) == {width} and set(theirs[5:]) == {ours[4]} or given
+    assert set(theirs[:5]) == {width} and set(theirs[5:]) == {width if given else ours[4]}
+    half = copy.deepcopy(learn.model)  # a teacher that was cut as far as this
+    prune.sparsity = 0.8
+    seen.clear()
+    later = DistillCallback(half, 0.0, features="stem", match="values")
+    real, later._layers_apart = later._layers_apart, watched
+    learn.fit(1, 0.0, wd=0.0, cbs=[prune, later])
+    assert {apart for *_, apart in seen} == {0.0} and seen[-1][0] < seen[-1][1] == ours[-1]
     with pytest.raises(ValueError, match="kept=pruner.plan"):
         cb = DistillCallback(make(Residual), 0.0, features="stem", match="values")
         learn.fit(1, cbs=cb)

@@ -384,13 +384,51 @@ def test_targets_are_those_of_the_whole_network(context, kind, relative):
     with pytest.raises(UnreachableTarget) as raised:
         low_rank(model, x, Target(**{kind: 0.01}), context=context)
     assert 0.01 < raised.value.least < 1
-    least = Target(**{kind: raised.value.least * (1 + 1e-9)})
-    assert cost(low_rank(model, x, least, context="global")[0]) == pytest.approx(
-        raised.value.least * cost(model)
-    )
+    found = low_rank(model, x, Target(**{kind: raised.value.least}), context=context)[0]
+    assert cost(found) == pytest.approx(raised.value.least * cost(model))
+    with pytest.raises(UnreachableTarget):
+        low_rank(model, x, Target(**{kind: raised.value.least * 0.999}), context=context)
 
 
 @pytest.mark.parametrize("target", [Target(bytes=0.5), Target(macs=0.5, floors={"c1": 4})])
 def test_targets_of_channels_are_refused(target):
     with pytest.raises(ValueError, match="counts macs or parameters"):
         low_rank(make(Residual), images(2), target)
+
+
+class Queries(nn.Module):
+    """Has a part that is made of weights alone, once for a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(100, 64))
+        self.f, self.g, self.h = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 2)
+
+    def forward(self, x):
+        return self.h(self.g(x) + self.f(self.p).mean(0))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("context", ["local", "global"])
+def test_what_is_made_once_for_a_batch_counts_once(share, samples, context):
+    torch.manual_seed(0)
+    model, x = Queries(), torch.randn(samples, 64)
+    small, _ = low_rank(model, x, Target(macs=share), context=context)
+    rank = 12_800 / 413_824  # what one of the part that is made once costs
+    assert share - rank < macs(small, x)[""] / macs(model, x)[""] <= share
+
+
+def test_a_layer_that_cannot_be_smaller_leaves_the_budget_to_others():
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 2), nn.Linear(2, 8)),
+        torch.rand(2, 64),
+    )
+    for share in (0.6, 0.5, 0.3, 0.1):
+        small, _ = low_rank(model, x, Target(macs=share), layers=["0", "1"])
+        assert share - 0.05 < macs(small, x)[""] / macs(model, x)[""] <= share
+    alone = nn.Sequential(nn.Linear(4, 4))
+    assert low_rank(alone, torch.rand(2, 4), Target(macs=1.0))[1].empty
+    bare = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())
+    assert low_rank(bare, torch.rand(2, 4), Target(macs=0.5))[1].empty

@@ -264,3 +264,20 @@ def test_autocast_leaves_sparse_layers_their_type(layer):
             out = form(x.bfloat16())
         assert out.dtype == torch.float32
         torch.testing.assert_close(out, layer(x.bfloat16().float()).detach())
+
+
+class Routed(nn.Module):
+    """Its second layer runs for large batches alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (emptied(nn.Linear(64, 64)) for _ in range(2))
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x) if len(x) > 8 else x
+
+
+def test_a_layer_that_few_samples_do_not_reach_is_made_sparse(clock):
+    small, table = sparse_linear(Routed().eval(), torch.randn(16, 64))
+    assert table["reason"].tolist() == ["", ""] and type(small.b) is SparseLinear

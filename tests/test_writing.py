@@ -44,6 +44,14 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     with replacing(writable(link)) as part:
         part.write_text("new")
     assert link.is_symlink() and file.read_text() == "new"
+    with replacing(link) as part:
+        part.write_text("newer")
+    assert link.is_symlink() and file.read_text() == "newer"
+    link.unlink()
+    link.symlink_to("link")  # to itself
+    with pytest.raises(OSError), replacing(writable(link)) as part:
+        part.write_text("x")
+        raise FileNotFoundError
     os.mkfifo(pipe)
     with pytest.raises(FileExistsError, match="pipe is no file"):
         writable(pipe)

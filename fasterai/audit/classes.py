@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..coupling.inputs import Inputs, map_tensors, run_quietly
 from ..score.batches import Batch
 from .pictures import plot_classes
-from .subject import batches_of, loader_of, network_of, scores_of
+from .subject import batches_of, loader_of, network_of, predicted, scores_of
 
 __all__ = ["ClassAudit", "class_audit"]
 
@@ -146,17 +146,13 @@ def _predicted(network: nn.Module, batch: Batch, target: Tensor) -> tuple[Tensor
     inputs = _for(network, batch.inputs)
     with run_quietly(network):
         outputs = scores_of(inputs(network))
-    if isinstance(outputs, Tensor) and outputs.ndim == 1:
-        outputs = outputs[:, None]
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(target):
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
             f"class_audit needs scores (examples, classes) from the networks, got {got} for "
             f"{len(target)} examples"
         )
-    if outputs.shape[1] == 1:  # the log-odds of the second of two classes
-        return (outputs[:, 0] > 0).long().cpu(), 2
-    return outputs.argmax(1).cpu(), outputs.shape[1]
+    return predicted(outputs).cpu(), max(2, outputs.shape[1])
 
 
 def _for(network: nn.Module, inputs: Inputs) -> Inputs:

@@ -25,7 +25,7 @@ from ..prune.fitting import cut_for
 from ..prune.pruner import Pruner
 from ..score.batches import Batch, in_memory
 from .pictures import plot_sensitivity
-from .subject import loader_of, network_of, scores_of
+from .subject import loader_of, network_of, predicted, scores_of
 
 __all__ = ["Sensitivity", "sensitivity"]
 
@@ -79,11 +79,13 @@ class Sensitivity:
         """The least share of each layer's channels that has to stay: `{layer: share}`.
 
         What `Target` takes as `floors`: the units compete for the budget, and no layer loses more
-        than `targets(drop)` has, nor any of those that it leaves out.
+        than `targets(drop)` has, nor do those that it leaves out, those that were excluded, say.
         """
         borne = self.targets(drop)
-        layers = (layer for name in self.table.index for layer in self.coupled.get(name, (name,)))
-        return {layer: round(1.0 - borne.get(layer, 0.0), 10) for layer in layers}
+        layers = [layer for name in self.table.index for layer in self.coupled.get(name, (name,))]
+        left = {layer: round(1.0 - borne.get(layer, 0.0), 10) for layer in layers}
+        whole = dict.fromkeys(self.unprunable["layer"], 1.0)
+        return whole | {layer: share for layer, share in left.items() if share}
 
     def plot(self, drop: float | None = None, ax: Any = None) -> Any:
         """Draw the table as a map; a line marks what `targets(drop)` allows. Returns the axes."""
@@ -248,10 +250,10 @@ def _tells_classes(network: nn.Module, batch: Batch) -> bool:
 
 def _accuracy(outputs: Any, target: Tensor) -> Tensor:
     outputs = scores_of(outputs)
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
             f"accuracy needs scores (examples, classes) from the network, got {got}: pass "
             f"metric='loss' or a function"
         )
-    return (outputs.argmax(1) == target.flatten()).double().mean()
+    return (predicted(outputs) == target.flatten()).double().mean()

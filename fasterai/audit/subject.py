@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.names import unwrapped
 from ..core.progress import with_bar
 from ..score.batches import Batch, as_batch, drawn, first_batches, n_inputs
 
-__all__ = ["batches_of", "loader_of", "network_of", "scores_of"]
+__all__ = ["batches_of", "loader_of", "network_of", "predicted", "scores_of"]
 
 
 def network_of(subject: Any, argument: str) -> nn.Module:
@@ -44,7 +44,14 @@ def loader_of(dl: Iterable[Any] | None, *subjects: Any) -> Iterable[Any]:
 
 def scores_of(outputs: Any) -> Any:
     """What a network says of the classes: the first of several outputs, as fastai takes it."""
-    return outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
+    if isinstance(outputs, tuple | list) and outputs:
+        outputs = outputs[0]
+    return outputs[:, None] if isinstance(outputs, Tensor) and outputs.ndim == 1 else outputs
+
+
+def predicted(scores: Tensor) -> Tensor:
+    """(N,) class numbers of scores (N, classes); one is the log-odds of the second of two."""
+    return (scores[:, 0] > 0).long() if scores.shape[1] == 1 else scores.argmax(1)
 
 
 def batches_of(

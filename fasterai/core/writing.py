@@ -36,7 +36,7 @@ def writable(file: str | os.PathLike[str]) -> Path:
     """
     file = Path(file)
     if file.is_symlink():
-        file = file.resolve()
+        file = Path(os.path.realpath(file))
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder: name a file in it")
     if file.exists() and not file.is_file():
@@ -50,8 +50,10 @@ def writable(file: str | os.PathLike[str]) -> Path:
 def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
     """A path beside a file, to be written: in the end it takes the file's place, or it goes.
 
-    Each has a name of its own, so that several processes may write one file.
+    Each has a name of its own, so that several processes may write one file. Of a link it is the
+    file that it leads to.
     """
+    file = os.path.realpath(file) if os.path.islink(file) else file
     part = Path(f"{os.fspath(file)}.{token_hex(4)}.part")
     try:
         yield part
@@ -66,5 +68,6 @@ def digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     shown = [(name, str(x.dtype), list(x.shape)) for name, x in sorted(tensors.items())]
     found = hashlib.sha256(json.dumps([rest, shown]).encode())
     for _, x in sorted(tensors.items()):
-        found.update(x.cpu().reshape(-1).view(torch.uint8).numpy())
+        flat = x.cpu().reshape(-1).as_strided((x.numel(),), (1,))  # one element has any stride
+        found.update(flat.view(torch.uint8).numpy())
     return found.hexdigest()

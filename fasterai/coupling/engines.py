@@ -143,6 +143,9 @@ def _side_by_side(parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     first, kinds = parts[0], {(x.dtype, x.ndim, x.is_contiguous()) for x in parts}
     if kinds != {(first.dtype, first.ndim, True)} or not first.ndim:
         return None
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(first.ndim)
+    if last is not None and any(x.is_contiguous(memory_format=last) for x in parts):
+        return None  # with a single channel, or at a single place, it is both
     shapes = [list(x.shape) for x in parts]
     along = [shape.pop(dim) for shape in shapes]  # also counts from the end
     if any(shape != shapes[0] for shape in shapes):

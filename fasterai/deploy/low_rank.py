@@ -8,6 +8,7 @@ arXiv 1511.06530), by higher-order SVD and then alternating updates (De Lathauwe
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ __all__ = ["low_rank"]
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ROUNDS = 5  # of alternating updates
+_HALVINGS = 40  # of a share
 
 
 def low_rank(
@@ -85,16 +87,16 @@ def low_rank(
     modules, owners = dict(model.named_modules()), _owners(model)
     names = _chosen(model, inputs, layers, exclude)
     reasons = {name: _unfit(modules[name], owners) for name in names}
-    places = _places(model, inputs, names) if of == "macs" else {}
+    counted = inputs if target is None else _one_sample(model, inputs)
+    places = _places(model, counted, names) if of == "macs" else {}
     for name, (_, often) in places.items():
         reasons[name] = reasons[name] or ("" if often else "it did not run on the example inputs")
     forms = {n: choices(modules[n], places.get(n, (1, 1))) for n in names if not reasons[n]}
+    budget = None if target is None else _Budget(target, _total(target, model, counted))
     new: dict[str, nn.Sequential] = {}
     while True:
-        budget = None if target is None else _Budget.of(target, model, inputs, forms)
-        taken = _taken(forms, share if budget is None else budget.share, context)
-        if budget is not None:
-            budget.must_hold(taken)
+        taken: Mapping[str, Choice | None]
+        taken = _taken(forms, share, context) if budget is None else budget.taken(forms, context)
         reasons |= {name: _why(choice) for name, choice in taken.items()}
         new = {n: _made(modules[n], c, new.get(n)) for n, c in taken.items() if c and c.ranks}
         failed = _breaking(model, inputs, new)
@@ -188,62 +190,71 @@ def _counted_by(target: Target) -> str:
 
 @dataclass(frozen=True)
 class _Budget:
-    """A target of the whole network, for the layers that can be taken apart.
+    """A target of the whole network, which is met by the layers that can be taken apart.
 
     Args:
         target: it.
-        goal: what the network may cost.
-        rest: what it costs without these layers.
-        forms: of these layers.
+        total: what the network costs, counted as the forms are.
     """
 
     target: Target
-    goal: float
-    rest: float
-    forms: Mapping[str, Sequence[Choice]]
+    total: float
 
-    @classmethod
-    def of(
-        cls,
-        target: Target,
-        model: nn.Module,
-        inputs: Inputs,
-        forms: Mapping[str, Sequence[Choice]],
-    ) -> _Budget:
-        """The budget, counted for as many samples as the costs of the forms."""
-        if target.kind == "macs":
-            samples, counted = inputs.samples or 1, macs(model, inputs)
-            if not counted:
-                raise ValueError(f"{target}: the MACs of this network cannot be counted")
-            total = counted[""] * samples
-        else:
-            samples, total = 1, sum(p.numel() for p in model.parameters())
-        goal = target.goal(total / samples) * samples
-        return cls(target, goal, total - sum(some[-1].cost for some in forms.values()), forms)
+    def taken(self, forms: Mapping[str, Sequence[Choice]], context: str) -> dict[str, Choice]:
+        """The form of each layer: that of its share, or the smallest there is.
 
-    @property
-    def share(self) -> float:
-        """What remains of the layers."""
-        whole = sum(some[-1].cost for some in self.forms.values())
-        least = self.rest + sum(some[0].cost for some in self.forms.values())
-        if least > self.goal or not whole:
-            self._refuse(least)
-        return min(1.0, (self.goal - self.rest) / whole)
+        Raises:
+            UnreachableTarget: the smallest forms of all are too large.
+        """
+        goal = self.target.goal(self.total)
+        rest = self.total - sum(some[-1].cost for some in forms.values())
+        smallest = {name: some[0] for name, some in forms.items()}
+        least = rest + _cost(smallest)
+        if least > goal * (1 + 1e-12):
+            part = least if goal == self.target.value else least / self.total
+            raise UnreachableTarget(
+                f"{self.target} cannot be reached: with these layers as products {part:.4g} is the "
+                f"least; pass more, or more layers",
+                part,
+            )
+        if context == "global":
+            return spent(max(goal - rest, _cost(smallest)), forms) or smallest
+        costs = {name: [choice.cost for choice in some] for name, some in forms.items()}
 
-    def must_hold(self, taken: Mapping[str, Choice | None]) -> None:
-        """Raise an UnreachableTarget where layers that stay whole exceed it."""
-        forms = self.forms
-        cost = self.rest + sum((c or forms[name][-1]).cost for name, c in taken.items())
-        if cost > self.goal * (1 + 1e-12):
-            self._refuse(cost)
+        def at(share: float) -> dict[str, Choice]:
+            within = {n: bisect_right(c, share * c[-1] * (1 + 1e-12)) for n, c in costs.items()}
+            return {n: some[max(within[n], 1) - 1] for n, some in forms.items()}
 
-    def _refuse(self, least: float) -> None:
-        part = least / self.goal * self.target.value
-        raise UnreachableTarget(
-            f"{self.target} cannot be reached: with these layers as products {part:.4g} is the "
-            f"least; pass more, context='global', or more layers",
-            part,
-        )
+        low, high = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if rest + _cost(at(middle)) <= goal else (low, middle)
+        return at(1.0) if rest + _cost(at(1.0)) <= goal else at(low)
+
+
+def _cost(taken: Mapping[str, Choice]) -> float:
+    return sum(choice.cost for choice in taken.values())
+
+
+def _total(target: Target, model: nn.Module, inputs: Inputs) -> float:
+    """What a network costs."""
+    if target.kind == "parameters":
+        return sum(p.numel() for p in model.parameters())
+    counted = macs(model, inputs)
+    if not counted:
+        raise ValueError(f"{target}: the MACs of this network cannot be counted")
+    return counted[""] * (inputs.samples or 1)
+
+
+def _one_sample(model: nn.Module, inputs: Inputs) -> Inputs:
+    """A single sample where that runs: what is made once for a batch counts as `macs` does."""
+    if (inputs.samples or 1) > 1:
+        try:
+            _shapes(model, inputs.batch(1))
+        except Exception:  # of a network that wants several
+            return inputs
+        return inputs.batch(1)
+    return inputs
 
 
 def _taken(

@@ -23,7 +23,7 @@ from ..coupling.inputs import Inputs, operands_in, run_quietly
 from ..coupling.probe import settle
 from ..measure.profile import compare
 from .compact_layers import CompactLayer, can_be_compact, saving
-from .comparison import Comparison, still_read
+from .comparison import Comparison, running, still_read
 
 __all__ = ["SparseConv", "SparseLinear", "sparse_linear"]
 
@@ -165,13 +165,13 @@ def sparse_linear(
     arrived = _arriving(model, Inputs.of(example_inputs, samples=None), layers)
     rows = {name: _measured(layers[name], arrived[name], gain, seconds) for name in layers}
     faster = [name for name, row in rows.items() if not row["reason"]]
-    same = Comparison(model, few)
+    same, ran = Comparison(model, few), running(model, few, faster)
     failed: dict[str, str] = {}
 
     def attempt(names: Sequence[str]) -> str | None:
         some = {n: rows[n] for n in names}
         why = same.fails(lambda network: _with_sparse(network, some))
-        return why or still_read(_with_sparse(model, some), few, names)
+        return why or still_read(_with_sparse(model, some), few, ran.intersection(names))
 
     kept = settle([], faster, attempt, failed)
     for name, why in failed.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from ..core.copies import copied
 from ..core.names import unwrapped
 from ..fit.callback import FitCallback
 from ..prune.callback import PruneCallback
-from ..prune.history import History
 from ..prune.plan import Plan
 from .losses import attention_distance, soft_targets, value_distance
 from .watch import layers_named, watched
@@ -102,7 +101,6 @@ class DistillCallback(FitCallback):
         self._missing = False  # given a teacher once, loaded without
         self._layers: tuple[dict[str, nn.Module], ...] = ()  # those watched, ours and theirs
         self._seen: dict[str, Tensor] = {}
-        self._since: tuple[int, Plan | None] = (0, None)  # what so many cuts amount to
         self._training_flags: dict[nn.Module, bool] = {}
 
     # --- events --------------------------------------------------------------------------------
@@ -110,7 +108,7 @@ class DistillCallback(FitCallback):
     def before_fit(self) -> None:
         """Copy the model, before anything makes it sparse."""
         super().before_fit()
-        self._copy, self._since = None, (0, None)
+        self._copy = None
         if self._missing:
             raise ValueError(
                 "the teacher was not saved with the learner: set cb.teacher to one, or take a new "
@@ -207,25 +205,21 @@ class DistillCallback(FitCallback):
         if self.match == "attention":
             return attention_distance(ours, theirs, self.channels)
         if ours.shape != theirs.shape:
-            told = self._removed() if self.kept is None else self.kept
-            kept = _positions(told, layer, self._layers[1][layer])
-            if kept is not None and max(kept, default=0) < theirs.shape[self.channels]:
+            inside, width = self._layers[1][layer], theirs.shape[self.channels]
+            if self.kept is None:
+                kept = _positions_since(self._cuts(), layer, inside, width)
+            else:
+                kept = _positions(self.kept, layer, inside)
+            if kept is not None:
                 index = torch.as_tensor(kept, device=theirs.device)
                 theirs = theirs.index_select(self.channels, index)
         return value_distance(ours, theirs)
 
-    def _removed(self) -> Plan | None:
-        """What a callback of this fit has cut, of the network that the teacher is."""
-        for cb in self.learn.cbs:
-            if isinstance(cb, PruneCallback) and cb.history.cuts:
-                cuts = cb.history.cuts
-                if self.teacher is None:  # copied when the fit began
-                    cuts = tuple(cut for cut in cuts if cut.fit == cuts[-1].fit)
-                before = None if self.teacher is None else cb.history.before
-                if self._since[0] != len(cuts):
-                    self._since = len(cuts), History(cuts, before).plan
-                return self._since[1]
-        return None
+    def _cuts(self) -> list[Plan]:
+        """What a callback of this fit has cut since it first saw the network, and before."""
+        histories = (cb.history for cb in self.learn.cbs if isinstance(cb, PruneCallback))
+        plans = [p for h in histories for p in (h.before, *(cut.plan for cut in h.cuts))]
+        return [plan for plan in plans if plan is not None]
 
     def _mixed(self, loss: Tensor, apart: Tensor | float) -> Tensor:
         return (1 - self.weight) * loss + apart
@@ -233,7 +227,6 @@ class DistillCallback(FitCallback):
     def __getstate__(self) -> dict[str, Any]:
         """Without the teacher: a learner is exported as it is used, alone."""
         empty = {"teacher": None, "_copy": None, "_layers": (), "_seen": {}, "_training_flags": {}}
-        empty["_since"] = (0, None)
         state = {**super().__getstate__(), **empty}
         return {**state, "_missing": self._missing or self.teacher is not None}
 
@@ -250,9 +243,29 @@ def _positions(kept: Any, layer: str, inside: nn.Module) -> Sequence[int] | None
     """
     if kept is None or isinstance(kept, Mapping):
         return None if kept is None else kept.get(layer)
-    for name, module in reversed(list(inside.named_modules(prefix=layer))):
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        found = kept.kept.get(f"{name}.weight", {}).get(int(transposed))
+    for weight, dim in _weights(layer, inside):
+        found = kept.kept.get(weight, {}).get(dim)
         if found is not None:
             return found
     return None
+
+
+def _positions_since(
+    plans: Sequence[Plan], layer: str, inside: nn.Module, width: int
+) -> Sequence[int] | None:
+    """Which of so many channels stayed, from the cut on before which there were so many."""
+    for weight, dim in _weights(layer, inside):
+        index: Sequence[int] | None = None
+        for plan in reversed(plans):
+            kept = plan.kept.get(weight, {}).get(dim)
+            if kept is not None:
+                index = kept if index is None else [kept[i] for i in index]
+                if plan.shapes[weight][dim] == width:
+                    return index
+    return None
+
+
+def _weights(layer: str, inside: nn.Module) -> Iterator[tuple[str, int]]:
+    """The weights of a layer, or of a block of them from its end, and which dimension makes."""
+    for name, module in reversed(list(inside.named_modules(prefix=layer))):
+        yield f"{name}.weight", int(isinstance(module, nn.modules.conv._ConvTransposeNd))
