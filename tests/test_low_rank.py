@@ -432,3 +432,23 @@ def test_a_layer_that_cannot_be_smaller_leaves_the_budget_to_others():
     assert low_rank(alone, torch.rand(2, 4), Target(macs=1.0))[1].empty
     bare = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())
     assert low_rank(bare, torch.rand(2, 4), Target(macs=0.5))[1].empty
+
+
+class Several(nn.Sequential):
+    """Takes no single sample."""
+
+    def forward(self, x):
+        assert len(x) > 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_network_that_takes_no_single_sample_has_the_same_targets(relative):
+    torch.manual_seed(0)
+    model, x = Several(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(4, 32)
+    dense = macs(model, x)[""]
+    small, _ = low_rank(model, x, Target(macs=0.5 if relative else dense / 2), context="global")
+    assert 0.4 < macs(small, x)[""] / dense <= 0.5
+    with pytest.raises(UnreachableTarget) as raised:
+        low_rank(model, x, Target(macs=0.01 if relative else 2.0))
+    assert raised.value.least == pytest.approx(192 / dense if relative else 192)  # rank 1, and head

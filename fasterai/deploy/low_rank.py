@@ -68,7 +68,7 @@ def low_rank(
     Returns:
         The copy, and a table: `layer`, `rank` (of a conv: in, out), `params_before`,
         `params_after`, `error` (distance of the weights, as a share of their norm) and, where a
-        layer stays, the `reason`. The budget is that of the layers that could be taken apart.
+        layer stays, the `reason`. A share is one of the layers that could be taken apart.
 
     Raises:
         ValueError: no fraction, an unknown layer, inputs the network cannot be run on, or a global
@@ -92,7 +92,7 @@ def low_rank(
     for name, (_, often) in places.items():
         reasons[name] = reasons[name] or ("" if often else "it did not run on the example inputs")
     forms = {n: choices(modules[n], places.get(n, (1, 1))) for n in names if not reasons[n]}
-    budget = None if target is None else _Budget(target, _total(target, model, counted))
+    budget = None if target is None else _Budget.of(target, model, counted)
     new: dict[str, nn.Sequential] = {}
     while True:
         taken: Mapping[str, Choice | None]
@@ -195,10 +195,22 @@ class _Budget:
     Args:
         target: it.
         total: what the network costs, counted as the forms are.
+        samples: for how many samples.
     """
 
     target: Target
     total: float
+    samples: int = 1
+
+    @classmethod
+    def of(cls, target: Target, model: nn.Module, inputs: Inputs) -> _Budget:
+        """The budget of a network, whose MACs are counted for these inputs."""
+        if target.kind == "parameters":
+            return cls(target, sum(p.numel() for p in model.parameters()))
+        counted, samples = macs(model, inputs), inputs.samples or 1
+        if not counted:
+            raise ValueError(f"{target}: the MACs of this network cannot be counted")
+        return cls(target, counted[""] * samples, samples)
 
     def taken(self, forms: Mapping[str, Sequence[Choice]], context: str) -> dict[str, Choice]:
         """The form of each layer: that of its share, or the smallest there is.
@@ -206,12 +218,12 @@ class _Budget:
         Raises:
             UnreachableTarget: the smallest forms of all are too large.
         """
-        goal = self.target.goal(self.total)
+        goal = self.target.goal(self.total / self.samples) * self.samples
         rest = self.total - sum(some[-1].cost for some in forms.values())
         smallest = {name: some[0] for name, some in forms.items()}
         least = rest + _cost(smallest)
         if least > goal * (1 + 1e-12):
-            part = least if goal == self.target.value else least / self.total
+            part = least / (self.total if self.target.relative else self.samples)
             raise UnreachableTarget(
                 f"{self.target} cannot be reached: with these layers as products {part:.4g} is the "
                 f"least; pass more, or more layers",
@@ -234,16 +246,6 @@ class _Budget:
 
 def _cost(taken: Mapping[str, Choice]) -> float:
     return sum(choice.cost for choice in taken.values())
-
-
-def _total(target: Target, model: nn.Module, inputs: Inputs) -> float:
-    """What a network costs."""
-    if target.kind == "parameters":
-        return sum(p.numel() for p in model.parameters())
-    counted = macs(model, inputs)
-    if not counted:
-        raise ValueError(f"{target}: the MACs of this network cannot be counted")
-    return counted[""] * (inputs.samples or 1)
 
 
 def _one_sample(model: nn.Module, inputs: Inputs) -> Inputs:
