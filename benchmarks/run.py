@@ -49,6 +49,7 @@ ALL = [
     Benchmark("budgets", "--networks resnet18 mobilenet_v2", ""),
     Benchmark("sparse_files", "--numbers 10000000 --rounds 3", ""),
     Benchmark("sparse_execution", None, ""),
+    Benchmark("semi_structured", None, ""),
     Benchmark("prune_while_training", "--images 512 --epochs 3 --sparsity 0 0.5", "", "?cifar10"),
     Benchmark("criteria", "--images 100", "", "."),
     Benchmark("accuracy", None, "", "."),

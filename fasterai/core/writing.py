@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save
@@ -62,12 +63,13 @@ def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
-    """SHA-256 of all that a file holds, but for the entry "digest": not of who wrote it."""
+def digest(tensors: Mapping[str, Tensor], about: Mapping[str, str] = MappingProxyType({})) -> str:
+    """SHA-256 of tensors, their names and what is said of them, but for the entry "digest"."""
     rest = sorted((key, value) for key, value in about.items() if key != "digest")
     shown = [(name, str(x.dtype), list(x.shape)) for name, x in sorted(tensors.items())]
     found = hashlib.sha256(json.dumps([rest, shown]).encode())
     for _, x in sorted(tensors.items()):
-        flat = x.cpu().reshape(-1).as_strided((x.numel(),), (1,))  # one element has any stride
+        flat = x.detach().cpu().reshape(-1)
+        flat = flat.as_strided((x.numel(),), (1,))  # one element has any stride
         found.update(flat.view(torch.uint8).numpy())
     return found.hexdigest()

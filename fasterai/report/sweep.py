@@ -17,6 +17,7 @@ from ..core.names import tensors_by_name, unwrapped
 from ..core.progress import with_bar
 from ..core.schedule import one_shot
 from ..core.target import COUNTED, Target
+from ..core.writing import digest
 from ..coupling.inputs import Inputs
 from ..deploy.files import load_pruned, save_pruned
 from ..measure.profile import compare, macs, saved_bytes
@@ -25,7 +26,6 @@ from ..prune.budget import UnreachableTarget
 from ..prune.callback import PruneCallback
 from ..prune.history_json import as_number
 from ..score.batches import in_memory
-from ..score.journal import digest
 from .folder import Folder, file_name, said
 from .lent import lent
 from .pictures import plot_frontier
@@ -152,7 +152,7 @@ def sweep(
     run = _Run(learn, epochs, lr, fit, cbs, options, seconds, batch)
     done = Folder(
         folder,
-        digest(tensors_by_name(network).items()),
+        digest(tensors_by_name(network)),
         {name: said(value) for name, value in arguments.items()},
         run.dense(),
     )

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.names import tensors_by_name
-from ..core.writing import replacing
+from ..core.writing import digest, replacing
 from ..coupling.inputs import tensors_in
 from ..coupling.units import Axis
 from .batches import Batch
 
-__all__ = ["Journal", "about", "digest"]
+__all__ = ["Journal", "about"]
 
 _FORMAT = 1
 _WHAT = {
@@ -81,27 +79,16 @@ class Journal:
 
 def about(model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch]) -> dict[str, str]:
     """Fingerprints of a network with its weights, of its units and of data."""
-    named = tensors_by_name(model).items()
     units = [
         (a.name, a.size, [(s.parameter, s.dim, s.index.tolist(), s.unit.tolist()) for s in a.slots])
         for a in axes
     ]
-    data = [("", x) for b in batches for x in (*b.inputs.tensors, *tensors_in(b.targets))]
-    said = json.dumps(units).encode()
+    data = [x for b in batches for x in (*b.inputs.tensors, *tensors_in(b.targets))]
     return {
-        "network": digest(named),
-        "units": hashlib.sha256(said).hexdigest(),
-        "data": digest(data),
+        "network": digest(tensors_by_name(model)),
+        "units": digest({}, {"units": json.dumps(units)}),
+        "data": digest({f"{i:09}": x for i, x in enumerate(data)}),
     }
-
-
-def digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    """A fingerprint of tensors and their names."""
-    found = hashlib.sha256()
-    for name, x in named:
-        found.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
-        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def _read(path: Path, expected: dict[str, Any]) -> tuple[float, dict[tuple[int, int], float], int]:
