@@ -241,6 +241,26 @@ def test_the_network_stays_as_it_was(tmp_path):
     assert model.training is False and os.listdir(tmp_path) == ["a.onnx"]
 
 
+class Windows(nn.Module):
+    """Attention within each of several windows: queries of five dimensions."""
+
+    def __init__(self, **how):
+        super().__init__()
+        self.qkv, self.how = nn.Linear(8, 24), how
+
+    def forward(self, x):  # (N, windows, positions, channels)
+        q, k, v = self.qkv(x).unflatten(3, (3, 2, 4)).permute(3, 0, 4, 1, 2, 5)
+        return nn.functional.scaled_dot_product_attention(q, k, v, **self.how).mean((1, 3))
+
+
+@pytest.mark.parametrize("how", [{}, {"is_causal": True}, {"scale": 0.3}])
+def test_attention_of_any_number_of_dimensions(how, tmp_path):
+    torch.manual_seed(0)
+    model, x = Windows(**how).eval(), torch.randn(2, 3, 5, 8)
+    assert export_onnx(model, x, tmp_path / "a.onnx") < 1e-5
+    assert agree(model, tmp_path / "a.onnx", torch.randn(7, 3, 5, 8))
+
+
 class Flat(nn.Module):
     """Fixes its batch."""
 

@@ -86,8 +86,7 @@ def export_onnx(
     dynamic = dynamic_batch and inputs.samples is not None
     program = _program(network, inputs, dynamic)
     try:
-        with torch.no_grad():
-            onnx = torch.onnx.export(program, dynamo=True, verbose=False)
+        onnx = _in_onnx(program)
     except Exception as error:  # of many kinds
         raise ValueError(
             f"the network cannot be written as ONNX: {type(error).__name__}: {error}"
@@ -142,6 +141,36 @@ def _program(network: nn.Module, inputs: Inputs, dynamic: bool) -> ExportedProgr
             f"torch.export cannot follow the network on {inputs}: {type(error).__name__}: "
             f"{error}{fix}"
         ) from error
+
+
+def _in_onnx(program: ExportedProgram) -> Any:
+    """A program in ONNX's words, with attention written out where that for it does not fit."""
+    try:
+        with torch.no_grad():
+            return torch.onnx.export(program, dynamo=True, verbose=False)
+    except Exception:  # of many kinds; attention over more than four dimensions has none
+        if not any(node.target is _ATTENTION for node in program.graph.nodes):
+            raise
+    with torch.no_grad():
+        plain = program.run_decompositions({_ATTENTION: _attention})
+        return torch.onnx.export(plain, dynamo=True, verbose=False)
+
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    **how: Any,
+) -> Tensor:
+    """Attention as the operations it consists of."""
+    math = torch.ops.aten._scaled_dot_product_attention_math
+    return math(q, k, v, mask, dropout, causal, **how)[0]
 
 
 def _plain(network: nn.Module) -> nn.Module:
