@@ -352,6 +352,9 @@ def names(library):
 def build(library, name):
     torch.manual_seed(0)
     model, inputs = LIBRARIES[library](name)
+    for p in model.parameters():
+        if p.ndim > 1 and not p.any():  # a head that begins at zero hides all before it
+            torch.nn.init.normal_(p, std=0.02)
     return model.eval(), inputs
 
 
