@@ -174,6 +174,28 @@ def test_equal_shares_and_only_as_many_of_the_last_step_as_it_takes():
     assert by_share(costs, queues, 30, shares) == [0, 0, 0]
 
 
+class Narrow(nn.Module):
+    """Its width goes in eight large steps, the widths inside of its layers one by one."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.embedding, self.inner = nn.Embedding(60, 32), nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, words):
+        return self.head(self.inner(self.embedding(words)).mean(1))
+
+
+@pytest.mark.parametrize("share", [0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.3])
+def test_where_a_layer_goes_in_large_steps_others_keep_more(share):
+    torch.manual_seed(0)
+    model, words = Narrow().eval(), torch.randint(60, (2, 12))
+    allowed = share * sum(p.numel() for p in model.parameters())
+    Pruner(model, words).prune_model(Target(parameters=share), verify=False)
+    assert 0.99 * allowed <= sum(p.numel() for p in model.parameters()) <= allowed
+
+
 def test_shares_go_to_the_nearest_step():
     """So that a narrow layer whose steps are large does not stay whole beside wide ones."""
     sizes, steps = (32, 320), (range(16, 32, 16), range(16, 320, 16))

@@ -8,7 +8,7 @@ from fastai.callback.core import CancelFitException, CancelStepException
 from fastai.callback.schedule import minimum  # noqa: F401  (patches Learner with fit_one_cycle, lr_find)
 from fastai.learner import load_learner
 from fastai.optimizer import SGD, Adam
-from learners import Count, Fail, Watch, filters_at_zero, learner, weights_at_zero
+from learners import Count, Fail, Watch, data, filters_at_zero, learner, weights_at_zero
 from networks import Residual, conv, make
 from torch import nn
 
@@ -464,3 +464,12 @@ def test_a_fit_ends_with_the_whole_pattern(context):
 def test_limits_that_leave_nothing_to_zero_are_told():
     with pytest.warns(UserWarning, match="nothing was zeroed, asked was 0.5"):
         learner().fit(1, cbs=SparsifyCallback(0.5, "filter", min_keep=100))
+
+
+def test_loaders_without_a_batch_are_told():
+    short = learner()
+    short.dls = data(n=3)
+    short.dls.train.drop_last = True
+    assert not list(short.dls.train)
+    with pytest.warns(UserWarning, match="SparsifyCallback did nothing: no training batch came"):
+        short.fit(1, cbs=SparsifyCallback(0.5, "filter"))

@@ -406,3 +406,17 @@ def test_after_heads_became_narrow_the_count_goes_on():
         pruner.prune_to(14 / 16)
         found.append([tuple(p.shape) for p in model.parameters()])
     assert found[0] == found[1] and found[0][0] == (8, 64)
+
+
+def test_what_cannot_go_is_told():
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4))
+    pruner = GradualPruner(model, images(1), exclude=["0"])
+    with pytest.warns(UserWarning, match=r"nothing can be removed: axes\(\) tells") as told:
+        pruner.prune_to(0.5)
+    assert told[0].filename == __file__
+    for named in ({0: 0.5}, {nn.Conv2d: 0.5}):
+        with pytest.raises(TypeError, match="goes by names of layers and blocks"):
+            GradualPruner(model, images(1)).prune_to(named)
+    with pytest.raises(TypeError, match="after takes what was cut before.* got 'plan.json'"):
+        GradualPruner(model, images(1), after="plan.json")
+    assert (model[0].out_channels, model[2].in_channels) == (8, 8)

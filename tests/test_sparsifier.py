@@ -1,6 +1,7 @@
 """Exactly n, and zero is zero, in any training loop."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from fasterai.core.criteria import (
     snip,
     squared_final,
 )
+from fasterai.sparse.choose import NothingToSparsify
 from fasterai.sparse.sparsifier import Sparsifier
 
 HEADS = {
@@ -519,3 +521,19 @@ def test_named_layers_without_groups_are_told(recwarn):
     Sparsifier(model, "filter", layers=["rnn", "fc"], example_inputs=x)  # it tells in its report
     Sparsifier(model, layers=["fc"], example_inputs=x)
     assert not recwarn
+
+
+def test_layers_that_are_coupled_are_named():
+    model = make(Residual)
+    with pytest.raises(NothingToSparsify, match="coupled to .* which must be chosen") as told:
+        Sparsifier(model, "filter", layers=["c2"], example_inputs=images(1))
+    assert "c2: coupled to 'stem', 'c3'," in str(told.value)
+    again = pickle.loads(pickle.dumps(told.value))
+    assert str(again) == str(told.value) and again.frozen is False
+
+
+def test_norms_are_no_layers_to_sparsify():
+    sparsifier = Sparsifier(make(Residual), "filter", example_inputs=images(1))
+    norms = [k for k, m in make(Residual).named_modules() if isinstance(m, nn.BatchNorm2d)]
+    with pytest.raises(ValueError, match="no layer .* that can be sparsified"):
+        sparsifier.sparsify_model({norms[0]: 0.5})

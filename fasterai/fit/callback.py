@@ -40,7 +40,7 @@ class FitCallback(Callback):
     remove_on_fetch = True
     holds = False
     _learn: Learner | None = None
-    _training = _silent = _hold_twice = False
+    _training = _to_train = _silent = _hold_twice = False
     _stand_ins: tuple[StandIn, ...] = ()
     _processes = Processes()
 
@@ -80,8 +80,12 @@ class FitCallback(Callback):
     def before_fit(self) -> None:
         """Wait for the first batch."""
         self._step_aside()
-        self._training = False
+        self._training = self._to_train = False
         self._silent = hasattr(self.learn, "lr_finder") or hasattr(self.learn, "gather_preds")
+
+    def before_train(self) -> None:
+        """See that this is a fit that trains: validate() and get_preds() have its events, too."""
+        self._to_train = True
 
     def before_batch(self) -> None:
         """Start with the first training batch."""
@@ -102,6 +106,8 @@ class FitCallback(Callback):
     def after_fit(self) -> None:
         """Let go of what only the fit needed."""
         self._step_aside()
+        if self._to_train and not self._training and not self._silent:
+            self.warn(f"{type(self).__name__} did nothing: no training batch came")
         self._training = self._silent = False
         self._processes = Processes()
         self.finish()

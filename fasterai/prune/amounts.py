@@ -57,6 +57,12 @@ def as_amount(value: object, context: str) -> Amount:
         return as_fraction(value)
     if context != "local":
         raise ValueError(f"a sparsity for each layer needs context='local', got {context!r}")
+    for name in value:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"a sparsity for each layer goes by names of layers and blocks, as in "
+                f"{{'layer1': 0.5}}, got {name!r}"
+            )
     return {name: as_fraction(share, f"sparsity of {name!r}") for name, share in value.items()}
 
 

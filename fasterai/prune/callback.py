@@ -62,8 +62,9 @@ class PruneCallback(ScheduledCallback):
             fit, previous ones those after the last cut. Gradients are those of the optimizer step,
             unscaled. An update at which there is nothing to compare waits for the next step.
         schedule: share of the way by progress; the default takes the way of `agp` in ten cuts.
-            A cut takes about as long as some ten steps and compiled networks are compiled anew,
-            so few are better than `agp`'s own 100. It must not go down.
+            A cut takes about as long as some ten steps, to a target a few times as long, and
+            compiled networks are compiled anew, so few are better than `agp`'s own 100. It must
+            not go down.
         exclude: names or types of layers whose channels stay.
         min_keep: units that stay in each group of coupled layers, at least.
         round_to: widths become multiples of this.
@@ -116,7 +117,7 @@ class PruneCallback(ScheduledCallback):
         self.whole_heads, self.verify, self.after = whole_heads, verify, after
         self._asked: Amount | None = self.sparsity
         self._pruner: GradualPruner | None = None
-        self.history = after if isinstance(after, History) else History(before=after)
+        self.history = History.following(after)
         self._fit = 1
 
     # --- afterwards ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -20,7 +21,7 @@ from ..coupling.remaining import remaining
 from ..coupling.surgery import smaller
 from ..coupling.units import Axis
 from ..measure.profile import macs
-from .amounts import Amount, as_amount, counts_of, part_of, share_of
+from .amounts import Amount, as_amount, asks, counts_of, part_of, share_of
 from .budget import Budget, Reached
 from .fitting import cut_for, cuts_of, must_lead_to, steps_of
 from .history import CutRecord, History
@@ -83,7 +84,7 @@ class GradualPruner(Pruner):
         network = unwrapped(model)
         super().__init__(network, example_inputs, exclude=exclude, whole_heads=whole_heads)
         self._first = tuple(self._axes)  # the axes at the start; those of today lie at their places
-        self.history = after if isinstance(after, History) else History(before=after)
+        self.history = History.following(after)
         self._after = self.history.plan
         self._earlier, self._vanished = _removed(self._after, network, self._first)
         self._decision: Decision | None = None
@@ -110,6 +111,8 @@ class GradualPruner(Pruner):
         if plan is not None:
             asked = part_of(as_amount(sparsity, self.context), share)
             self.carry_out(plan, optimizer=optimizer, asked=asked)
+        elif not self.free and share and asks(as_amount(sparsity, self.context)):
+            warnings.warn("nothing can be removed: axes() tells why units stay", stacklevel=2)
         return self.model
 
     def plan_to(self, sparsity: Amount, share: float = 1.0) -> Plan | None:

@@ -72,6 +72,20 @@ class History(Sequence[tuple[int | None, float]]):
     cuts: tuple[CutRecord, ...] = ()
     before: Plan | None = None
 
+    @classmethod
+    def following(cls, after: Plan | History | None) -> History:
+        """One that begins after what was cut before.
+
+        Raises:
+            TypeError: that is neither a plan nor a history.
+        """
+        if not isinstance(after, Plan | History | None):
+            raise TypeError(
+                f"after takes what was cut before, the `plan` or `history` of a callback or "
+                f"pruner, got {after!r:.80}; Plan.from_json and History.from_json read one"
+            )
+        return after if isinstance(after, History) else cls(before=after)
+
     @overload
     def __getitem__(self, at: int) -> tuple[int | None, float]: ...
     @overload

@@ -141,7 +141,7 @@ class Pruner:
             self.history = self.history.noting(macs=macs(self.model, self.inputs).get(""))
         else:
             why = self._why_nothing(sparsity is None, decision)
-            warnings.warn(f"nothing was removed: {why}", stacklevel=2)
+            warnings.warn(f"nothing was removed: {why}", stacklevel=4)
         return self.model
 
     @torch.inference_mode(False)
@@ -383,7 +383,7 @@ class Pruner:
                 f"layers that did not run on the example inputs keep their width, and break where "
                 f"they read channels that are gone: {layers}{', ...' * (len(idle) > 4)}{training}. "
                 f"Pass inputs that reach them, or exclude the layers that they read",
-                stacklevel=3,
+                stacklevel=5,
             )
 
     def _why_nothing(self, exact: bool, decision: Decision) -> str:
@@ -392,6 +392,8 @@ class Pruner:
             return f"the network costs no more than {met.target} allows"
         if not exact and not decision.wanted and any(len(a.free) for a in self._axes):
             return "that share of the free channels of a layer rounds to none, see also kept()"
+        if not self._axes:
+            return "no layer of the model makes channels that the next one reads"
         if self._stay:
             return "see kept() for what stayed and why"
         weights = [p for p in self.model.parameters() if p.ndim > 1]

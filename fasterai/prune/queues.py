@@ -23,6 +23,7 @@ __all__ = ["Queue", "by_importance", "by_share", "queues_of"]
 
 _HALVINGS = 60
 _NEAR = 0.01  # a target is met where so little of it is left
+_TRIALS = 8  # of holding axes whose steps are too large for that
 
 
 class _Offer(NamedTuple):
@@ -179,7 +180,7 @@ def by_share(
     Of the numbers that may go it is the nearest to that share, so that no layer stays wider than
     others because its steps, those of `round_to`, are large. Where the last step would take some
     of many axes, it is taken by as many as it needs. Where it takes a large unit, others may keep
-    one more.
+    one more, and where that is still too little, all others a smaller share.
 
     Args:
         costs: of the network.
@@ -187,9 +188,40 @@ def by_share(
         goal: what it may cost.
         shares: how many bundles of each axis a share is.
     """
+    held: dict[int, int] = {}
+    best: list[int] = []
+    most, last = -1.0, None
+    for _ in range(_TRIALS):
+        counts, total, coarse = _by_share_of_others(costs, queues, goal, shares, held)
+        if not best or most < total <= goal:
+            best, most = counts, total
+        if total >= (1 - _NEAR) * goal:
+            break
+        if coarse is not None:
+            held[coarse[0]] = counts[coarse[0]]
+        elif last is not None:  # all others keep all they have, and it is still too little
+            held[last[0]] = last[1]
+        else:
+            break
+        last = coarse
+    return best
+
+
+def _by_share_of_others(
+    costs: Costs,
+    queues: Sequence[Queue],
+    goal: float,
+    shares: Callable[[float], Sequence[int]],
+    held: Mapping[int, int],
+) -> tuple[list[int], float, tuple[int, int] | None]:
+    """The same where some axes are held, and what it costs.
+
+    Also the axis whose last step took most of it, and how many would go of it without that step.
+    """
 
     def at(share: float) -> list[int]:
-        return [q.nearest(n) for q, n in zip(queues, shares(share), strict=True)]
+        near = [q.nearest(n) for q, n in zip(queues, shares(share), strict=True)]
+        return [held.get(a, n) for a, n in enumerate(near)]
 
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
@@ -199,12 +231,17 @@ def by_share(
         else:
             high = middle
     counts = at(low)
-    then = at(high) if high < 1 else [max((q.due, *q.steps)) for q in queues]
+    most = [max((q.due, *q.steps)) for q in queues]
+    then = at(high) if high < 1 else [held.get(a, n) for a, n in enumerate(most)]
     left = Running(costs, counts)
+    steps = [
+        (left.saving(a, n - counts[a]), a, counts[a]) for a, n in enumerate(then) if n > counts[a]
+    ]
     _part_of_the_way(left, counts, then, goal)
     if left.total < (1 - _NEAR) * goal:
         _give_back(left, queues, counts, goal)
-    return counts
+    taken = [step for step in steps if counts[step[1]] == then[step[1]]]
+    return counts, left.total, max(taken)[1:] if taken else None
 
 
 def _part_of_the_way(left: Running, counts: list[int], then: Sequence[int], goal: float) -> None:

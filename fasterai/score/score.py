@@ -61,7 +61,7 @@ def score(
             or a batch that the model cannot run on.
     """
     network = unwrapped(model)
-    several = isinstance(criteria, Sequence)
+    several = isinstance(criteria, Sequence) and not isinstance(criteria, str)
     asked = list(criteria) if several else [criteria]
     needs = _needs(asked)
     batches, total = first_batches(dl, n_batches)
@@ -98,7 +98,9 @@ def _needs(asked: Sequence[Criterion]) -> set[str]:
     known = (*GATHERED, "gradient")
     for criterion in asked:
         if not isinstance(criterion, Criterion):
-            raise TypeError(f"score takes criteria such as taylor or apoz, got {criterion!r:.80}")
+            raise TypeError(
+                f"score takes criteria such as taylor or apoz, not names, got {criterion!r:.80}"
+            )
         if not any(need in known for need in criterion.needs):
             raise ValueError(
                 f"criterion {criterion.name or criterion.func!r} needs no data: pass it as it is, "

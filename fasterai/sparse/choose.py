@@ -28,7 +28,7 @@ _OUTPUT = "network output"
 class NothingToSparsify(ValueError):
     """No group of the chosen layers may be zeroed; `frozen` where that is because of freezing."""
 
-    def __init__(self, message: str, frozen: bool) -> None:
+    def __init__(self, message: str, frozen: bool = False) -> None:
         super().__init__(message)
         self.frozen = frozen
 
@@ -196,7 +196,8 @@ def _units(
         if axis.bundles:
             groups.append(UnitGroups(axis, tensors))
         else:
-            skipped[axis.name] = next(filter(None, axis.pins))
+            name = next(name for name in axis.producers if name in chosen)
+            skipped[name] = next(filter(None, axis.pins))
     owners = {id(p): layer_of(name) for name, p in tensors.items()}
     for name, layer in chosen.items():
         if isinstance(layer, maskable_types()) and name not in seen:
@@ -212,11 +213,11 @@ def _units(
 
 def _without(axis: Axis, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Axis:
     """The axis with its units pinned where layers coupled to it are not chosen, or frozen."""
+    others = [name for name in axis.producers if name not in chosen]
+    why = f"coupled to {', '.join(map(repr, others))}, which must be chosen, too"
     for slot in axis.having(PRODUCE):
-        if slot.module not in chosen:
-            units = slot.unit.tolist()
-            other = f"coupled to {slot.module!r}, which is not chosen"
-            axis = axis.pinned("not chosen" if slot.module == axis.name else other, units)
+        if slot.module in others:
+            axis = axis.pinned(why, slot.unit.tolist())
     return axis.trained(tensors)
 
 

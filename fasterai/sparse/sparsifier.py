@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion, Lookup, as_criterion, large_final
 from ..core.former import explain_former
-from ..core.granularity import Granularity
+from ..core.granularity import Granularity, maskable_types
 from ..core.masks import Limits, apply_masks, as_context, choose_cuts, zero_marks
 from ..core.names import LayerChoice, frozen_of, plain, unknown_name, unwrapped
 from ..core.processes import Processes, refuse_sharded
@@ -407,9 +407,12 @@ class Sparsifier:
         if name in skipped:
             more = "; with mixed=True it can" if skipped[name] == NORMALISED else ""
             return f"layer {name!r} cannot be sparsified: {skipped[name]}{more}"
-        if name in (plain(k) for k, _ in self._network.named_modules()):
+        module = {plain(k): m for k, m in self._network.named_modules()}.get(name)
+        if isinstance(module, maskable_types(on_request=True)):
             return (
                 f"layer {name!r} is not among the layers to sparsify: name it in layers, as "
                 f"embeddings must be but for the granularity 'filter'"
             )
-        return unknown_name(name, [plain(k) for g in self._groups for k in g.layers], "sparsity")
+        which = "" if module is None else "that can be sparsified"
+        known = [plain(k) for g in self._groups for k in g.layers]
+        return unknown_name(name, known, "sparsity", which)
