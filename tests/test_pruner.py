@@ -496,3 +496,29 @@ def test_what_only_runs_in_training_goes_where_it_is_silent_there():
         model.aux.weight[0] = 0  # without its norm it speaks: a shift is left
     with pytest.warns(UserWarning, match="nothing was removed"):
         Pruner(model, x).prune_model()
+
+
+class Ordered(nn.Module):
+    """Tells which of two sums is larger: the same one, in two orders, but for a tiny bit."""
+
+    def __init__(self):
+        super().__init__()
+        self.make, self.read = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 1, 1, bias=False)
+        self.weight = nn.Parameter(self.read.weight.detach()[0].clone())
+
+    def forward(self, x):
+        x = self.make(x).relu()
+        return ((x * self.weight).sum(1, keepdim=True) + 1e-10 > self.read(x)).to(x.dtype)
+
+
+def test_what_rounding_alone_reorders_is_compared_in_double():
+    torch.manual_seed(0)
+    model, x = Ordered(), images(2)
+    alone = copy.deepcopy(model)
+    with torch.no_grad():
+        gone = alone.make.weight.flatten(1).abs().sum(1).argsort()[:16]
+        alone.make.weight[gone], alone.make.bias[gone] = 0, 0
+    pruner = Pruner(model, x)
+    pruner.prune_model(0.5)
+    assert model.make.out_channels == 16 and pruner.max_rel_diff < 1e-12
+    assert torch.equal(model.double()(x.double()), alone.double()(x.double()))

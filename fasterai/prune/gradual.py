@@ -112,7 +112,7 @@ class GradualPruner(Pruner):
             asked = part_of(as_amount(sparsity, self.context), share)
             self.carry_out(plan, optimizer=optimizer, asked=asked)
         elif not self.free and share and asks(as_amount(sparsity, self.context)):
-            warnings.warn("nothing can be removed: axes() tells why units stay", stacklevel=2)
+            warnings.warn("nothing was removed: axes() tells why units stay", stacklevel=2)
         return self.model
 
     def plan_to(self, sparsity: Amount, share: float = 1.0) -> Plan | None:
