@@ -117,7 +117,8 @@ class Pruner:
             min_keep: units that stay in each axis, at least.
             optimizer: one whose state and gradients are cut with the parameters, so that it
                 trains on: `learn.opt`, or one of torch's; see `carry_optimizer`.
-            verify: compare outputs before and after. The labels are replayed in any case.
+            verify: compare outputs before and after, in double precision where rounding alone
+                may reorder them. The labels are replayed in any case.
 
         A cut is taken back where the smaller network does not run, wires channels together that
         do not belong together, or computes something else: nothing else, for None; than the

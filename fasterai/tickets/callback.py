@@ -301,6 +301,7 @@ class _StartAt(FitCallback):
         self._instead_of(self.learn, "_with_events", self._skip_epoch)
 
     def before_train(self) -> None:
+        super().before_train()
         done = self.step - self.epoch * self._per_epoch
         if 0 <= done < self._per_epoch:
             self.learn.train_iter = self.step
