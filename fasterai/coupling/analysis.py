@@ -297,11 +297,10 @@ def _classes(
 
 def _pinned(classes: np.ndarray, runs: Sequence[Run]) -> dict[int, str]:
     pins = [pin for run in runs for pin in run.pins]
-    for run in runs:
-        for a, b in run.meetings:
-            for mine, other in ((a, b), (b, a)):
-                if bool((other < 0).any()):
-                    pins.append((mine[other < 0], "joined with a tensor of fixed size"))
+    met = [pair for run in runs for a, b in run.meetings for pair in ((a, b), (b, a))]
+    if met:
+        mine, other = map(torch.cat, zip(*met, strict=True))
+        pins.append((mine[other < 0], "joined with a tensor of fixed size"))
     return _noted(classes, pins)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -38,8 +38,7 @@ NORMALISED = "normalised over channels: their statistics change with the number 
 AVERAGED = "mean over channels"  # by a norm that is written out, as a rule
 
 
-@dataclass(frozen=True)
-class Dim:
+class Dim(NamedTuple):
     """One dimension of a parameter or buffer, by its name in the state dict."""
 
     parameter: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +48,8 @@ def cut_for(plan: Plan, network: nn.Module, *, constants: bool = True) -> Cut:
 
 def cuts_of(plan: Plan, name: str) -> dict[int, Tensor]:
     """The positions of a parameter or buffer that stay, by dimension."""
-    return {d: torch.tensor(index) for d, index in plan.kept.get(name, {}).items()}
+    kept = plan.kept.get(name, {})
+    return {d: torch.from_numpy(np.array(index, dtype=np.int64)) for d, index in kept.items()}
 
 
 def steps_of(plan: Plan, name: str) -> list[Step]:

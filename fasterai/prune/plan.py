@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..core.names import first_names, modules_by_name, raw_tensors, tensors_by_name, unwrapped
@@ -16,7 +15,7 @@ from ..coupling.norms import as_values
 from ..coupling.probe import Removal
 from ..coupling.surgery import Cut, cut, positions_by_name, selected, shadowed
 from ..coupling.units import Axis
-from .fitting import cut_for
+from .fitting import cut_for, cuts_of
 from .optimizer import carrying
 from .plan_json import decode, encode
 from .runs import Runs, as_runs, from_runs
@@ -301,7 +300,7 @@ def _integers_of_both(
 
 
 def _adjusted_by_both(first: Plan, second: Plan, name: str) -> Iterator[Adjustment]:
-    cuts = {d: torch.tensor(index) for d, index in second.kept.get(name, {}).items()}
+    cuts = cuts_of(second, name)
     for a in first.adjusted.get(name, ()):
         left = selected(from_runs(a.runs, first.shape_after(name), a.factor), cuts)
         yield _adjustment(left, a.factor)
