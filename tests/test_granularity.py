@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from fastai.text.models.awdlstm import WeightDropout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import images
@@ -537,15 +538,55 @@ def test_registered_types_follow_patterns_and_have_parameters_by_name(registry):
     layer = Experts()
     sparsify(layer, "2:4", 0.5)
     assert holds(layer.weight, 2, 4, 2)
-    register(nn.LSTM, {"weight_ih_l0": "o i", "weight_hh_l0": "o i"})
+    register(nn.LSTM, {"weight_ih_l0": "o i"})
     model = nn.Sequential(nn.LSTM(6, 4), nn.Linear(4, 2))
     sparsifier = Sparsifier(model, "row")
     sparsifier.sparsify_model({"0": 0.5})
-    assert set(sparsifier.masks) == {"0.weight_ih_l0", "0.weight_hh_l0"}
-    assert [int((p == 0).all(1).sum()) for p in (model[0].weight_ih_l0, model[0].weight_hh_l0)] == [
-        8,
-        8,
-    ]
+    assert set(sparsifier.masks) == {"0.weight_ih_l0"}
+    assert int((model[0].weight_ih_l0 == 0).all(1).sum()) == 8
+
+
+@pytest.mark.parametrize(
+    "layer, weights",
+    [
+        (lambda: nn.LSTM(6, 4, 2), ["ih_l0", "hh_l0", "ih_l1", "hh_l1"]),
+        (lambda: nn.GRU(6, 4, bidirectional=True), ["ih_l0", "hh_l0"] * 2),
+        (lambda: nn.LSTM(6, 4, proj_size=3), ["ih_l0", "hh_l0", "hr_l0"]),
+        (lambda: nn.RNNCell(6, 4), ["ih", "hh"]),
+    ],
+)
+def test_recurrent_layers(layer, weights):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(), nn.Linear(4, 2))
+    own = {k: p for k, p in model[0].named_parameters() if "weight" in k}
+    assert [k.removeprefix("weight_").removesuffix("_reverse") for k in own] == weights
+    for granularity, group in (("weight", lambda w: (1, 1)), ("row", lambda w: (1, w.shape[1]))):
+        expected = {}
+        for key, w in own.items():
+            groups = members(w.shape, group(w))
+            expected[key] = brute(w, groups, round(0.5 * len(groups)))
+        Sparsifier(model, granularity, min_keep=0).sparsify_model(0.5)
+        assert all(torch.equal(w, expected[k]) for k, w in own.items())
+
+
+def test_weights_of_recurrent_layers_that_drop_out():
+    lstm = nn.LSTM(6, 4, batch_first=True)
+    model = nn.Sequential(WeightDropout(lstm, 0.5), First(), nn.Linear(4, 2)).eval()
+    x = torch.randn(2, 5, 6)
+    sparsifier = Sparsifier(model, "2:4", example_inputs=x)
+    sparsifier.sparsify_model(0.5)
+    assert set(sparsifier.masks) == {"0.weight_hh_l0_raw", "0.module.weight_ih_l0"}
+    model(x)
+    assert holds(lstm.weight_hh_l0, 2, 4, 1) and holds(lstm.weight_ih_l0, 2, 4, 1)
+    table = sparsifier.report().set_index("layer")
+    inside, hidden = 6 * 16 * 5, 4 * 16 * 5  # five steps, four gates of four units
+    assert table.loc["0.module", "macs"] == inside and table.loc["0", "macs"] == hidden
+    assert table.loc["total", "macs"] == inside + hidden
+
+
+class First(nn.Module):
+    def forward(self, x):
+        return x[0]
 
 
 def test_weights_that_are_no_parameters_are_reported(registry):

@@ -32,6 +32,7 @@ from fasterai.score.criteria import apoz, taylor, taylor_maps
 from fasterai.score.oracle import oracle
 from fasterai.score.report import criteria_report
 from fasterai.score.score import score
+from fasterai.sparse.callback import SparsifyCallback
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,17 @@ def test_models_that_keep_what_they_computed_are_copied():
         learn.fit(1)
         learn.fit(1, cbs=DistillCallback())
     assert len(sweep(learn, [0.5], 1, progress=False).table) == 2
+
+
+def test_recurrent_layers_are_sparsified_while_they_train():
+    learn = texts()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, cbs=SparsifyCallback(0.5))
+    parameters = dict(learn.model.named_parameters())
+    weights = {k: p for k, p in parameters.items() if "weight_ih" in k or "weight_hh" in k}
+    assert len(weights) == 4
+    for name, p in weights.items():
+        assert int((p == 0).sum()) == p.numel() // 2, name
 
 
 def test_a_loss_that_cannot_take_a_tuple():

@@ -33,6 +33,7 @@ _DIMENSIONS: dict[type[nn.Module], dict[str, str]] = {
     nn.EmbeddingBag: {"weight": "vo"},
 }
 _ON_REQUEST = (nn.Embedding, nn.EmbeddingBag)
+_RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?(_raw)?")  # raw: before dropout
 
 _KERNEL = set("dhw")
 _ALL = "*"
@@ -86,7 +87,7 @@ def register(layer_type: type[nn.Module], dims: str | Mapping[str, str]) -> None
 
     ```python
     register(Experts, "e o i")  # a weight of shape (experts, outputs, inputs)
-    register(nn.LSTM, {"weight_ih_l0": "o i", "weight_hh_l0": "o i"})
+    register(Tied, {"encoder": "o i", "decoder": "i o"})
     ```
     Use `o`, `i`, `d`, `h`, `w` for outputs, inputs, depth, height and width: granularities by name
     and N:M patterns follow from them. Any other letter counts positions of its own, and every
@@ -124,14 +125,31 @@ def register(layer_type: type[nn.Module], dims: str | Mapping[str, str]) -> None
     _DIMENSIONS[layer_type] = named
 
 
-def maskable_types(on_request: bool = False) -> tuple[type[nn.Module], ...]:
-    """Layer types whose weights have granularities; with those that must be asked for, or not."""
-    return tuple(kind for kind in _DIMENSIONS if on_request or kind not in _ON_REQUEST)
+def maskable(layer: nn.Module, on_request: bool = False) -> bool:
+    """Whether the weights of a layer have granularities; with those that must be asked for."""
+    return bool(dimensions(layer)) and (on_request or _registered(layer) not in _ON_REQUEST)
+
+
+def maskable_types() -> str:
+    """What is maskable without being asked for, in words."""
+    names = [kind.__name__ for kind in _DIMENSIONS if kind not in _ON_REQUEST]
+    return f"{', '.join(names)} and recurrent layers"
 
 
 def dimensions(layer: nn.Module) -> dict[str, str]:
-    """The named dimensions of a layer's weights: `{'weight': 'oihw'}`; empty for other layers."""
-    return next((_DIMENSIONS[kind] for kind in type(layer).__mro__ if kind in _DIMENSIONS), {})
+    """The named dimensions of a layer's weights: `{'weight': 'oihw'}`; empty for other layers.
+
+    Recurrent layers, also those of fastai whose weights drop out, are known by their parameters.
+    """
+    kind = _registered(layer)
+    if kind is not None:
+        return _DIMENSIONS[kind]
+    names = *layer._parameters, *getattr(layer, "parametrizations", ())
+    return {name: "oi" for name in names if _RECURRENT.fullmatch(name)}
+
+
+def _registered(layer: nn.Module) -> type[nn.Module] | None:
+    return next((kind for kind in type(layer).__mro__ if kind in _DIMENSIONS), None)
 
 
 @dataclass(frozen=True)

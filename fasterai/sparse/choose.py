@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..core.granularity import Granularity, dimensions, maskable_types
+from ..core.granularity import Granularity, dimensions, maskable, maskable_types
 from ..core.names import LayerChoice, as_choices, layer_of, layers_of, pick, plain
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
@@ -64,10 +65,12 @@ def choose(
     Raises:
         NothingToSparsify: there are none; the reasons are told.
     """
-    kinds = maskable_types(on_request=layers is not None)
-    if granularity.is_filter:
-        kinds = (nn.Module,)
-    chosen = _chosen(model, layers, exclude, kinds)
+    named = layers is not None
+    chosen = {
+        name: layer
+        for name, layer in _chosen(model, layers, exclude).items()
+        if granularity.is_filter or maskable(layer, on_request=named)
+    }
     inputs, coupling = _coupled(model, example_inputs, granularity.is_filter, whole_heads)
     if granularity.is_filter and coupling is not None:
         groups, skipped = _units(model, coupling, chosen, mixed)
@@ -117,6 +120,7 @@ def _inside_layers(
     outputs: Sequence[str],
 ) -> tuple[list[Groups], dict[str, str]]:
     parameters = {id(p): name for name, p in model.named_parameters()}
+    sharing, sizes = _sharing(model)
     groups: dict[int, Groups] = {}
     skipped: dict[str, str] = {}
     for name, layer in chosen.items():
@@ -128,7 +132,7 @@ def _inside_layers(
         skipped.update({name if not weights else f"{name}.{k}": r for k, r in _absent(layer)})
         for key, weight in weights.items():
             own = name if len(weights) == 1 else f"{name}.{key}"
-            share = weight.numel() / max(sum(w.numel() for w in weights.values()), 1)
+            share = sharing[name], weight.numel() / max(sizes[sharing[name]], 1)
             dims = dimensions(layer)[key]
             rows = max(dims.find("o"), 0)
             whole = WeightGroups(own, name, parameters[id(weight)], weight, share=share, rows=rows)
@@ -142,6 +146,23 @@ def _inside_layers(
             elif weight.numel():
                 groups[id(weight)] = found
     return list(groups.values()), skipped
+
+
+def _sharing(model: nn.Module) -> tuple[dict[str, str], Counter[str]]:
+    """For each layer by name the outermost around it, and the weights in each of these.
+
+    Attention holds a linear layer, dropout of weights the recurrent layer whose weights drop out:
+    only together have they MACs.
+    """
+    outermost: dict[str, str] = {}
+    sizes: Counter[str] = Counter()
+    for name, layer in model.named_modules():
+        if maskable(layer, on_request=True):
+            parts = name.split(".")
+            around = ("", *(".".join(parts[:k]) for k in range(1, len(parts))), name)
+            outermost[name] = next(k for k in around if k in outermost or k == name)
+            sizes[outermost[name]] += sum(w.numel() for w in _weights(layer).values())
+    return outermost, sizes
 
 
 def _absent(layer: nn.Module) -> list[tuple[str, str]]:
@@ -200,7 +221,7 @@ def _units(
             skipped[name] = next(filter(None, axis.pins))
     owners = {id(p): layer_of(name) for name, p in tensors.items()}
     for name, layer in chosen.items():
-        if isinstance(layer, maskable_types()) and name not in seen:
+        if maskable(layer) and name not in seen:
             owner = next((owners[id(w)] for w in _weights(layer).values()), name)
             skipped[name] = (
                 "no channels found: never run on the example inputs, a single one, or made in a "
@@ -221,9 +242,7 @@ def _without(axis: Axis, chosen: Mapping[str, Any], tensors: Mapping[str, Tensor
     return axis.trained(tensors)
 
 
-def _chosen(
-    model: nn.Module, layers: Any, exclude: Any, kinds: tuple[type[nn.Module], ...]
-) -> dict[str, nn.Module]:
+def _chosen(model: nn.Module, layers: Any, exclude: Any) -> dict[str, nn.Module]:
     names = None if layers is None else pick(model, layers, "layers")
     left_out = pick(model, exclude, "exclude")
     modules = dict(model.named_modules())
@@ -231,7 +250,7 @@ def _chosen(
     return {
         name: m
         for name, m in modules.items()
-        if isinstance(m, kinds) and name not in left_out and (names is None or name in names)
+        if name not in left_out and (names is None or name in names)
         if tied.isdisjoint(map(id, _weights(m).values()))
     }
 
@@ -258,7 +277,7 @@ def _coupled(
 
 
 def _default_inputs(model: nn.Module) -> Tensor | None:
-    first = next((m for m in model.modules() if isinstance(m, maskable_types())), None)
+    first = next((m for m in model.modules() if maskable(m)), None)
     if not isinstance(first, nn.Conv2d):
         return None
     generator = torch.Generator().manual_seed(0)
@@ -269,13 +288,12 @@ def _output_layers(model: nn.Module, coupling: Coupling | None) -> tuple[str, ..
     """The layers that make the outputs; without a run, the last one registered."""
     if coupling is not None:
         return coupling.outputs
-    names = [name for name, m in model.named_modules() if isinstance(m, maskable_types())]
+    names = [name for name, m in model.named_modules() if maskable(m)]
     return tuple(names[-1:])
 
 
 def _nothing(granularity: Granularity, skipped: Mapping[str, str]) -> str:
     if not skipped:
-        kinds = ", ".join(t.__name__ for t in maskable_types())
-        return f"the model has nothing to sparsify: no layer of the types {kinds} is chosen"
+        return f"the model has nothing to sparsify: no {maskable_types()} are chosen"
     reasons = "; ".join(f"{k}: {why}" for k, why in list(skipped.items())[:5])
     return f"the model has nothing to sparsify by {granularity.name!r}: {reasons}"

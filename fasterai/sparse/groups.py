@@ -79,7 +79,7 @@ class WeightGroups:
         layer: the layer.
         parameter: name of its weight.
         weight: the weight itself, of any shape.
-        share: its share of the layer's MACs.
+        share: the layer, this one or one around it, whose MACs it has a share of, and that.
         rows: the dimension that its filters lie along.
     """
 
@@ -88,7 +88,7 @@ class WeightGroups:
     parameter: str
     weight: nn.Parameter
     _: KW_ONLY
-    share: float = 1.0
+    share: tuple[str, float]
     rows: int = 0
 
     coupled = ()
@@ -105,7 +105,8 @@ class WeightGroups:
 
     def tally(self, macs: Mapping[str, int]) -> dict[str, int]:
         size, zeros = self.weight.numel(), int((self.weight == 0).count_nonzero())
-        cost = round(self.share * macs.get(self.layer, 0))
+        costly, share = self.share
+        cost = round(share * macs.get(costly, 0))
         return _tally(size, zeros, size, zeros, cost, round(cost * zeros / max(size, 1)))
 
 

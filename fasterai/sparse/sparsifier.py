@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.criteria import Criterion, Lookup, as_criterion, large_final
 from ..core.former import explain_former
-from ..core.granularity import Granularity, maskable_types
+from ..core.granularity import Granularity, maskable
 from ..core.masks import Limits, apply_masks, as_context, choose_cuts, zero_marks
 from ..core.names import LayerChoice, frozen_of, plain, unknown_name, unwrapped
 from ..core.processes import Processes, refuse_sharded
@@ -71,8 +71,8 @@ class Sparsifier:
             `sparsify_model`. For both a copy is kept here, see `record_bytes`. Gradients are read
             when `sparsify_model` is called: between `loss.backward()` and `zero_grad()`.
         layers: names or types of the layers to sparsify, or names of blocks; default every conv,
-            linear and attention layer but the output layer, and those of types that were given to
-            `register`. Embeddings must be asked for; their columns are filters, so that 'filter'
+            linear, recurrent and attention layer but the output layer, and those of types that were
+            given to `register`. Embeddings must be asked for; their columns are filters, so that 'filter'
             takes them unless they are excluded.
         exclude: names or types of layers to leave alone.
         min_keep: groups that stay in each layer, at least.
@@ -408,7 +408,7 @@ class Sparsifier:
             more = "; with mixed=True it can" if skipped[name] == NORMALISED else ""
             return f"layer {name!r} cannot be sparsified: {skipped[name]}{more}"
         module = {plain(k): m for k, m in self._network.named_modules()}.get(name)
-        if isinstance(module, maskable_types(on_request=True)):
+        if module is not None and maskable(module, on_request=True):
             return (
                 f"layer {name!r} is not among the layers to sparsify: name it in layers, as "
                 f"embeddings must be but for the granularity 'filter'"
