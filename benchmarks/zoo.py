@@ -90,6 +90,8 @@ def torchvision(name):
         known["weights_backbone"] = None
     if "detection" in module and "ssd" not in name:
         known |= {"min_size": 128, "max_size": 160}
+    if "detection" in module:  # without a threshold random weights find something, too
+        known |= {"box_score_thresh" if "rcnn" in name else "score_thresh": 0.0}
     if name in ("googlenet", "inception_v3"):
         known["init_weights"] = False
     model = models.get_model(name, **known)

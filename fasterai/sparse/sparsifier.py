@@ -72,8 +72,8 @@ class Sparsifier:
             when `sparsify_model` is called: between `loss.backward()` and `zero_grad()`.
         layers: names or types of the layers to sparsify, or names of blocks; default every conv,
             linear, recurrent and attention layer but the output layer, and those of types that were
-            given to `register`. Embeddings must be asked for; their columns are filters, so that 'filter'
-            takes them unless they are excluded.
+            given to `register`. Embeddings must be asked for; their columns are filters, so that
+            'filter' takes them unless they are excluded.
         exclude: names or types of layers to leave alone.
         min_keep: groups that stay in each layer, at least.
         round_to: the number of groups kept becomes a multiple of this.
