@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.text.models.awdlstm import WeightDropout
 from networks import (
     ALL,
     Gated,
@@ -127,6 +128,20 @@ def test_parameter_arithmetic_is_exact():
     ]
     assert table.loc["total", "params_after"] == size(model)
     assert table.loc["3", "macs_after"] == 11 * 8 * 9 * 12 * 12
+
+
+def test_layers_in_layers_cost_once():
+    lstm = WeightDropout(nn.LSTM(6, 4, batch_first=True), 0.5)
+    model = nn.ModuleDict({"words": nn.Embedding(9, 6), "rnn": lstm, "fc": nn.Linear(4, 2)})
+    model.forward = lambda x: model["fc"](model["rnn"](model["words"](x))[0])
+    pruner = Pruner(model, torch.randint(9, (2, 5)))
+    pruner.prune_model({"words": 0.5})
+    table = pruner.report().set_index("layer")
+    before, after = table.loc["total", ["macs_before", "macs_after"]]
+    assert before == table["macs_before"][:-1].sum() == 5 * (16 * (6 + 4) + 4 * 2)
+    assert after == table["macs_after"][:-1].sum() == 5 * (16 * (3 + 4) + 4 * 2)
+    assert table.loc["rnn.module", ["in_before", "in_after", "out_after"]].tolist() == [6, 3, 4]
+    assert table.loc["words", ["in_after", "out_before", "out_after"]].tolist() == [9, 6, 3]
 
 
 def test_the_lowest_go_and_the_output_stays():

@@ -94,13 +94,16 @@ def layer_costs(model: nn.Module, counts: Mapping[str, int]) -> pd.DataFrame:
         model: the network.
         counts: its `macs`.
     """
+    layers = {
+        name: (module, own)
+        for name, module in model.named_modules()
+        if (own := list(module.parameters(recurse=False)))
+    }
+    macs = _own(counts, list(layers))
     rows = []
-    for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
-        if own:
-            inside, outside = _widths(module)
-            size = sum(p.numel() for p in own)
-            rows.append((name, inside, outside, size, counts.get(name, pd.NA)))
+    for name, (module, own) in layers.items():
+        inside, outside = _widths(module)
+        rows.append((name, inside, outside, sum(p.numel() for p in own), macs[name]))
     total = (sum(p.numel() for p in model.parameters()), counts.get("", pd.NA))
     rows.append(("total", pd.NA, pd.NA, *total))
     table = pd.DataFrame(rows, columns=["layer", "in", "out", "parameters", "macs"])
@@ -112,6 +115,8 @@ def _widths(module: nn.Module) -> tuple[Any, Any]:
         ("in_channels", "out_channels"),
         ("in_features", "out_features"),
         ("num_features", "num_features"),
+        ("input_size", "hidden_size"),
+        ("num_embeddings", "embedding_dim"),
     ):
         if hasattr(module, inside) and hasattr(module, outside):
             return getattr(module, inside), getattr(module, outside)
