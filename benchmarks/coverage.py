@@ -6,7 +6,7 @@ helped: it is told which layers make the outputs, and how many heads attention l
         [--networks resnet18 ...] [--checks ranked exact budget peer] [--seconds 300]
         [--out lines.jsonl]
 
-What is in the file already is not run again, but where time ran out.
+What is in the file already is not run again, but where time ran out; `--seconds 0` runs nothing.
 
 ranked: `prune_model(0.5)` removes half of every axis that is not pinned, at least 5% of the
 parameters; the eval outputs keep their shapes; another batch trains. exact: half of every free
@@ -318,7 +318,8 @@ def table(found):
         print(f"| {library} | {check} | {sum(f['ok'] for f in mine)} | {len(mine)} |")
     for f in found:
         if not f["ok"]:
-            print(f"- {f['check']} {f['library']} {f['network']}: {f.get('error') or f}")
+            why = str(f.get("error") or f).splitlines()[0][:200]
+            print(f"- {f['check']} {f['library']} {f['network']}: {why}")
 
 
 def measure(about, checks, name):
@@ -347,13 +348,13 @@ def trips(library, names, checks, file, seconds=300, gigabytes=24, workers=2):
     lines = file.read_text().splitlines() if file.exists() else []
     known = {(f["check"], f["library"], f["network"]): f for f in map(json.loads, lines)}
     jobs_left = [j for j in jobs if known.get(j, OUT_OF_TIME).get("error") == "out of time"]
-    if jobs_left:
+    if jobs_left and seconds:
         zoo.preload(library)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as out:
             for found in run(jobs_left, seconds, gigabytes, workers, out):
                 known[found["check"], found["library"], found["network"]] = found
-    return [known[job] for job in jobs]
+    return [known[job] for job in jobs if job in known]
 
 
 if __name__ == "__main__":

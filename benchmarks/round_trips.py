@@ -9,7 +9,7 @@ of a batch. files: `save_pruned`, and `load_pruned` into a freshly built network
 same bit for bit. sparse: so do `save_sparse` and `load_sparse`, with 90% of the weights zero.
 folded: `fold_batchnorm` under random norm statistics, in float64. program: `export_program`, saved
 and loaded. onnx: `export_onnx`.
-What is in the file already is not run again, but where time ran out.
+What is in the file already is not run again, but where time ran out; `--seconds 0` runs nothing.
 """
 
 import io
