@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from networks import Attention, Normed, apart, images, lively, sequences, shake
+from networks import Attention, Normed, apart, images, lively, make, sequences, shake
 from torch import nn
 
 from fasterai.coupling.norms import NarrowGroupNorm, NarrowLayerNorm
@@ -231,6 +231,34 @@ def test_a_channel_is_no_constant_where_what_it_meets_may_move(meet, bias):
         assert pruner.kept()["reason"].str.contains("changes with the input").all()
     assert not (dense.gate(x) > 100).any() and (dense.gate(1000 * x) > 100).any()
     assert apart(dense(1000 * x), model(1000 * x)) < 1e-12
+
+
+class Masked(nn.Module):
+    """Attention with learned biases for positions, beside what it makes its map is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 8) for _ in range(3))
+        self.out = nn.Linear(8 + 5, 3)
+        self.near = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x):
+        seen = (self.q(x) @ self.k(x).mT + self.near).softmax(-1)
+        return self.out(torch.cat([seen @ self.v(x), seen], dim=-1))
+
+
+def test_zeros_stay_zeros_beside_a_map_and_under_its_weights():
+    model, x = make(Masked).double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        for layer, rows in ((model.q, [1, 4]), (model.k, [1, 4]), (model.v, [0, 2, 7])):
+            layer.weight[rows] = layer.bias[rows] = 0
+    sparse, pruner = copy.deepcopy(model), Pruner(model, x)
+    pruner.prune_model()
+    assert len(pruner.kept()) == 0
+    assert [m.out_features for m in (model.q, model.k, model.v)] == [6, 6, 5]
+    assert model.out.in_features == 5 + 5
+    other = torch.randn(3, 5, 6, dtype=torch.float64)
+    assert apart(sparse(other), model(other)) < 1e-12
 
 
 class Correlated(nn.Module):

@@ -64,7 +64,9 @@ def follow(
     except Exception:  # arguments that the rule did not expect; the network itself ran well
         unknown(t, func, args, kwargs, out)
     if t.origins:
-        meet = _MEETS.get(name.removesuffix("_"), "added") if rule is pointwise else ""
+        meet = "apart" if rule in (contraction, concatenation, stacking) else ""
+        if rule is pointwise:
+            meet = _MEETS.get(name.removesuffix("_"), "added")
         t.watch_moving(read, outs, meet=meet)
     t.watch_fixed(read, outs)
     return _note_uniform(t, func, args, out)

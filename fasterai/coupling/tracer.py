@@ -255,8 +255,9 @@ class Tracer(TorchDispatchMode):
         Args:
             operands: all tensors that the operation reads.
             outs: what it made.
-            meet: how they meet element by element, if they do: 'scaled' leaves zeros zero, and
-                'multiplied' makes all zero that a parameter of zeros is multiplied with.
+            meet: how they meet. Element by element, 'scaled' leaves zeros zero, and 'multiplied'
+                makes all zero that a parameter of zeros is multiplied with. 'apart' leaves the
+                channels of each as they are, whatever is beside them, or weighs them, as attention.
         """
         for x in operands:
             if x in self.made:
@@ -264,7 +265,9 @@ class Tracer(TorchDispatchMode):
                 self.said.used[name] = self.said.used.get(name, 0) + 1
         bare = any(not self.of(x) and x not in self.fixed for x in operands)  # a map of gates, say
         known = [self.moving[x] for x in operands if x in self.moving]
-        if known and meet and bare:
+        if meet == "apart":
+            known = [self.moving[x] & self._labelled([x]) for x in operands if x in self.moving]
+        elif known and meet and bare:
             known.append(torch.ones_like(known[0]) if meet == "added" else self._heard(operands))
         zero = None
         if known and meet == "multiplied":
