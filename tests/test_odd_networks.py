@@ -535,6 +535,47 @@ def test_attention_with_more_keys_than_it_is_given(options):
     assert model.m.embed_dim == 8 and apart(before, model(x)) < 1e-12
 
 
+class Transposed(nn.Module):
+    """A linear layer as GPT-2 has it, which remembers how many features it makes."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(nx, nf) / 6),
+            nn.Parameter(torch.zeros(nf)),
+        )
+
+    def forward(self, x):
+        out = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return out.view(*x.shape[:-1], self.nf)
+
+
+def test_a_layer_that_reads_as_many_features_as_it_makes():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.width, self.heads, self.stem = 24, 3, nn.Linear(6, 24)
+            self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, 3)
+            self.qkv, self.proj = Transposed(72, 24), Transposed(24, 24)
+
+        def forward(self, x):
+            x = self.norm(self.stem(x))
+            q, k, v = self.qkv(x).split(self.width, dim=2)
+            q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.head(x + self.proj(y))
+
+    model, x = Packed(), torch.randn(2, 5, 6)
+    Sparsifier(model, "filter", layers=["qkv"], example_inputs=x).sparsify_model(0.5)
+    before, pruner = model(x), Pruner(model, x)
+    pruner.prune_model()
+    assert len(pruner.kept()) == 0 and model.qkv.weight.shape == (24, 36)
+    assert (model.width, model.qkv.nf, model.proj.nf) == (12, 36, 24)
+    assert apart(before, model(x)) < 1e-5
+
+
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 def test_a_mixture_of_experts():
     class Mixture(nn.Module):

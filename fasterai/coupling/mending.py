@@ -51,6 +51,8 @@ def mends(
         kept: the positions that stay of each dimension that is cut.
     """
     modules = dict(model.named_modules())
+    made = [dim for dim, role in analysis.roles.items() if role == PRODUCE and dim not in kept]
+    stay = {(dim.parameter.rpartition(".")[0], analysis.sizes[dim]) for dim in made}
     rows: dict[str, dict[int, set[int]]] = {}  # how wide layers are
     reads: dict[str, dict[int, set[int]]] = {}  # how wide what they read is
     sizes: dict[str, dict[int, set[int]]] = {}  # how long the lines of grids are
@@ -62,7 +64,8 @@ def mends(
                 rows.setdefault(name, {}).setdefault(old, set()).add(len(index))
         elif analysis.roles.get(dim) == CONSUME and old != len(index):
             owner = dim.parameter.rpartition(".")[0]
-            reads.setdefault(owner, {}).setdefault(old, set()).add(len(index))
+            if (owner, old) not in stay:  # else the integer is as wide as what it makes
+                reads.setdefault(owner, {}).setdefault(old, set()).add(len(index))
     for grid, makers in zip(analysis.grids, analysis.makers, strict=True):
         changes = _shrunk(grid, gone)
         if not changes:
