@@ -139,23 +139,27 @@ def furthest(a, b):
     return max(found)
 
 
+def shaken(library, name):
+    """A network in double precision, two inputs, and by how much outputs may be apart."""
+    model, inputs = zoo.build(library, name)
+    shake(model)
+    x, other = (tree_map(double, inputs(2)) for _ in range(2))
+    torch.set_default_dtype(torch.float64)  # code that makes tensors follows it
+    try:
+        shapes(model.double(), x)
+    except (RuntimeError, ValueError):  # it insists on single precision
+        torch.set_default_dtype(torch.float32)
+        return model.float(), inputs(2), inputs(2), 1e-5
+    return model, x, other, 1e-10
+
+
 def exact(library, name):
     from fasterai.deploy.comparison import copied
     from fasterai.prune.pruner import Pruner
     from fasterai.sparse.choose import NothingToSparsify
     from fasterai.sparse.sparsifier import Sparsifier
 
-    model, inputs = zoo.build(library, name)
-    shake(model)
-    x, other = (tree_map(double, inputs(2)) for _ in range(2))
-    bound = 1e-10
-    torch.set_default_dtype(torch.float64)  # code that makes tensors follows it
-    try:
-        shapes(model.double(), x)
-    except (RuntimeError, ValueError):  # it insists on single precision
-        torch.set_default_dtype(torch.float32)
-        model.float()
-        x, other, bound = inputs(2), inputs(2), 1e-5
+    model, x, other, bound = shaken(library, name)
     before = parameters(model)
     begin = time.perf_counter()
     try:
