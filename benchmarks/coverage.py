@@ -320,9 +320,10 @@ def table(found):
     for library, check in dict.fromkeys((f["library"], f["check"]) for f in found):
         mine = [f for f in found if (f["library"], f["check"]) == (library, check)]
         print(f"| {library} | {check} | {sum(f['ok'] for f in mine)} | {len(mine)} |")
+    print()
     for f in found:
         if not f["ok"]:
-            why = str(f.get("error") or f).splitlines()[0][:200]
+            why = str(f.get("error") or f).splitlines()[0].partition(" from /")[0][:200]
             print(f"- {f['check']} {f['library']} {f['network']}: {why}")
 
 
