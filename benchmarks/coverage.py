@@ -23,6 +23,7 @@ import multiprocessing
 import resource
 import time
 import warnings
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -139,27 +140,37 @@ def furthest(a, b):
     return max(found)
 
 
+@contextmanager
 def shaken(library, name):
     """A network in double precision, two inputs, and by how much outputs may be apart."""
     model, inputs = zoo.build(library, name)
     shake(model)
-    x, other = (tree_map(double, inputs(2)) for _ in range(2))
+    given = [tree_map(double, inputs(2)) for _ in range(2)]
+    bound, default = 1e-10, torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # code that makes tensors follows it
     try:
-        shapes(model.double(), x)
-    except (RuntimeError, ValueError):  # it insists on single precision
-        torch.set_default_dtype(torch.float32)
-        return model.float(), inputs(2), inputs(2), 1e-5
-    return model, x, other, 1e-10
+        try:
+            shapes(model.double(), given[0])
+        except (RuntimeError, ValueError):  # it insists on single precision
+            torch.set_default_dtype(torch.float32)
+            model.float()
+            given, bound = [inputs(2), inputs(2)], 1e-5
+        yield model, *given, bound
+    finally:
+        torch.set_default_dtype(default)
 
 
 def exact(library, name):
+    with shaken(library, name) as found:
+        return zeroed_and_removed(*found)
+
+
+def zeroed_and_removed(model, x, other, bound):
     from fasterai.deploy.comparison import copied
     from fasterai.prune.pruner import Pruner
     from fasterai.sparse.choose import NothingToSparsify
     from fasterai.sparse.sparsifier import Sparsifier
 
-    model, x, other, bound = shaken(library, name)
     before = parameters(model)
     begin = time.perf_counter()
     try:

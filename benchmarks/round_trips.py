@@ -100,9 +100,9 @@ def sparse(library, name):
 
 
 def folded(library, name):
-    model, x, other, bound = coverage.shaken(library, name)
-    table = fold_report(model, x)
-    found = apart(outputs(model, other), outputs(fold_batchnorm(model, x), other))
+    with coverage.shaken(library, name) as (model, x, other, bound):
+        table = fold_report(model, x)
+        found = apart(outputs(model, other), outputs(fold_batchnorm(model, x), other))
     why = {k: int(v) for k, v in table["reason"].str.slice(0, 90).value_counts().items() if k}
     return {"ok": found < 10 * bound, "apart": found, "norms": len(table), "stay": why}
 
