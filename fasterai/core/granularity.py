@@ -130,8 +130,8 @@ def maskable(layer: nn.Module, on_request: bool = False) -> bool:
     return bool(dimensions(layer)) and (on_request or _registered(layer) not in _ON_REQUEST)
 
 
-def maskable_types() -> str:
-    """What is maskable without being asked for, in words."""
+def maskable_kinds() -> str:
+    """What is maskable without being asked for, in words, for messages."""
     names = [kind.__name__ for kind in _DIMENSIONS if kind not in _ON_REQUEST]
     return f"{', '.join(names)} and recurrent layers"
 

@@ -39,8 +39,8 @@ class RegularizeCallback(ScheduledCallback):
         granularity: the groups of 'group_lasso'; of 'filter' the units that `Pruner` removes.
         schedule: the share of the strength by progress; grows over the first half of the fit.
             `one_shot.over(0, 0)` has it whole from the start.
-        layers: names or types of layers to penalise; default every conv, linear,
-            recurrent and attention layer but the output layer.
+        layers: names or types of layers to penalise; default every conv, linear, recurrent
+            and attention layer but the output layer.
         exclude: names or types of layers to leave alone.
         example_inputs: to see which layers are coupled; default the first training batch.
         mixed: with channels that layer, RMS and group norms normalise together.

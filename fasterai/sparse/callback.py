@@ -48,8 +48,8 @@ class SparsifyCallback(ScheduledCallback):
         schedule: share of the way by progress; `agp` runs from 0.2 to 0.8 of the fit. Any other
             function from [0, 1] to [0, 1] runs over the whole fit. Where one goes down, as `dsd`
             does, weights come back; see `Sparsifier.regrow_model`. Filters cannot.
-        layers: names or types of layers to sparsify; default every conv, linear,
-            recurrent and attention layer but the output layer.
+        layers: names or types of layers to sparsify; default every conv, linear, recurrent
+            and attention layer but the output layer.
         exclude: names or types of layers to leave alone.
         min_keep: groups that stay in each layer, at least.
         round_to: the number of groups kept becomes a multiple of this.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..core.granularity import Granularity, dimensions, maskable, maskable_types
+from ..core.granularity import Granularity, dimensions, maskable, maskable_kinds
 from ..core.names import LayerChoice, as_choices, layer_of, layers_of, pick, plain
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
@@ -294,6 +294,6 @@ def _output_layers(model: nn.Module, coupling: Coupling | None) -> tuple[str, ..
 
 def _nothing(granularity: Granularity, skipped: Mapping[str, str]) -> str:
     if not skipped:
-        return f"the model has nothing to sparsify: no {maskable_types()} are chosen"
+        return f"the model has nothing to sparsify: no {maskable_kinds()} are chosen"
     reasons = "; ".join(f"{k}: {why}" for k, why in list(skipped.items())[:5])
     return f"the model has nothing to sparsify by {granularity.name!r}: {reasons}"
