@@ -11,7 +11,7 @@ What is in the file already is not run again, but where time ran out; `--seconds
 ranked: `prune_model(0.5)` removes half of every axis that is not pinned, at least 5% of the
 parameters; the eval outputs keep their shapes; another batch trains. exact: half of every free
 axis is zeroed under random norm statistics and removed; how far outputs are apart, float64.
-Where its code insists on float32, in that.
+Networks that insist on float32 are compared in that.
 budget: 70% of the MACs and of the parameters are asked for; what the network then costs, as a share
 of what is allowed, "local" (an equal share of each layer) and "global".
 peer: torch-pruning cuts half of the channels; the same demands.

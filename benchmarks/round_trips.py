@@ -46,7 +46,7 @@ def same(a, b):
 
 def apart(a, b):
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x.is_floating_point() and x.numel()]
-    return max(float((x - y).abs().max() / x.abs().max().clamp(min=1e-30)) for x, y in pairs)
+    return coverage.furthest(*zip(*pairs, strict=True))
 
 
 def smaller(library, name):
