@@ -159,7 +159,8 @@ def _rounds(
     """Run until no more labels join."""
     evaluated: list[Run] = []
     trained: list[Run] = []
-    untrained, shapes = "", True
+    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+    untrained, shapes = "", not recurrent  # they refuse an input that lies where no weights do
     for _ in range(_ROUNDS):
         for _ in range(_ROUNDS):
             run, shapes = _evaluate(model, inputs, _labels(model, first, classes), shapes)

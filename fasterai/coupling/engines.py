@@ -158,7 +158,12 @@ def _batch_normalised(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _same(x), _empty(x, (0,)), _empty(x, (0,))
 
 
-def _layer_normalised(x: Tensor, over: Sequence[int], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_normalised(
+    x: Tensor, over: Sequence[int], *_: Any
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """None where it does not fit, which PyTorch has to tell."""
+    if list(x.shape[x.ndim - len(over) :]) != list(over):
+        return None
     shape = [*x.shape[: x.ndim - len(over)], *[1] * len(over)]
     return _same(x), _empty(x, shape), _empty(x, shape)
 

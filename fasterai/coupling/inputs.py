@@ -69,6 +69,12 @@ class Inputs:
                 f"keyword inputs that holds a tensor, got {type(example_inputs).__name__}; of a "
                 f"DataLoader pass a batch's inputs, as in dls.one_batch()[0]"
             )
+        sparse = next((x.layout for x in found if x.layout != torch.strided), None)
+        if sparse is not None:
+            raise TypeError(
+                f"example_inputs must be dense tensors, got one of {sparse}: keep a matrix that "
+                f"does not change with the sample, a graph's say, in a buffer of the model"
+            )
         if not all(x.numel() for x in found):
             shapes = [tuple(x.shape) for x in found]
             raise ValueError(f"example_inputs hold an empty tensor (shapes {shapes}): pass a batch")
@@ -148,11 +154,12 @@ class Inputs:
         return Inputs(*tree_map(_each_tensor(other), (self.args, self.kwargs)), self.samples)
 
     def other_sizes(self) -> Iterator[Inputs]:
-        """A batch of one more, and single samples that are twice as long in some dimensions.
+        """A batch of one more, and single samples that are longer in some dimensions.
 
-        These are single dimensions, and those of one size together, for square images. Inputs with
-        as many positions, tokens and their mask say, grow together; on a GPU tokens do not, for a
-        position that is not there would end all work on it.
+        Twice as long are single dimensions, and those of one size together, for square images. The
+        latter also get sizes that stay odd when they are halved, rounding up and down, for code
+        that pads to a multiple. Inputs with as many positions, tokens and their mask say, grow
+        together; on a GPU tokens do not, for a position that is not there would end all work on it.
         """
         if self.samples:
             yield self.batch(self.samples + 1)
@@ -161,15 +168,19 @@ class Inputs:
             return
         begin = 1 if self.samples else 0
         places = {(d, n) for x in few.tensors for d, n in enumerate(x.shape) if d >= begin}
-        ways = [[place] for place in sorted(places)]
-        for size in sorted({n for _, n in places}):
-            same = sorted(place for place in places if place[1] == size)
-            ways += [same] if len(same) > 1 else []
-        for way in ways:
+        ways = [([place], 2 * place[1]) for place in sorted(places)]
+        for n in sorted({n for _, n in places}):
+            same = sorted(place for place in places if place[1] == n)
+            ways += [(same, 2 * n)] if len(same) > 1 else []
+            ways += [(same, m) for m in (n + n // 2 + 1, 2 * n - 1) if n < m < 2 * n]
+        for way, length in ways:
 
-            def longer(x: Tensor, way: Sequence[tuple[int, int]] = way) -> Tensor:
-                for d, size in way:
-                    x = torch.cat([x, x], d) if x.ndim > d and x.shape[d] == size else x
+            def longer(
+                x: Tensor, way: Sequence[tuple[int, int]] = way, length: int = length
+            ) -> Tensor:
+                for d, n in way:
+                    if x.ndim > d and x.shape[d] == n:
+                        x = torch.cat([x, x], d).narrow(d, 0, length)
                 return x
 
             args, kwargs = tree_map(_each_tensor(longer), (few.args, few.kwargs))

@@ -37,18 +37,25 @@ _AROUND = 2  # levels of modules around a layer that may remember its width
 
 
 def mends(
-    model: nn.Module, analysis: Analysis, gone: np.ndarray, kept: Mapping[Dim, Any]
+    model: nn.Module,
+    analysis: Analysis,
+    gone: np.ndarray,
+    kept: Mapping[Dim, Any],
+    *,
+    exact: bool = False,
 ) -> list[Mend]:
     """The integers to change in the modules around the layers that are cut.
 
     An attribute follows where its name tells that it is a width or a number of heads, and its
-    value is one that changes there. Replay tells whether that was right.
+    value is one that changes there; so does the shape of a norm without weights, where it stands
+    beside such layers. Replay tells whether that was right.
 
     Args:
         model: the network, before or while it is cut.
         analysis: what its labels say.
         gone: (labels,) bool, the classes that are removed.
         kept: the positions that stay of each dimension that is cut.
+        exact: norms without weights keep their width, for they cannot remember it.
     """
     modules = dict(model.named_modules())
     made = [dim for dim, role in analysis.roles.items() if role == PRODUCE and dim not in kept]
@@ -83,7 +90,22 @@ def mends(
             new = _renewed(value, numbers.get(name, {}) if number else widths)
             if new != value:
                 found.append((modules[name], attribute, new))
-    return found
+    return found if exact else [*found, *_bare_norms(modules, rows)]
+
+
+def _bare_norms(
+    modules: Mapping[str, nn.Module], rows: Mapping[str, Mapping[int, set[int]]]
+) -> Iterator[Mend]:
+    """The shapes of norms without weights, as the layers of the nearest module around change."""
+    for name, norm in modules.items():
+        if not isinstance(norm, nn.LayerNorm | nn.RMSNorm) or norm.weight is not None:
+            continue
+        parts = name.split(".")
+        for scope in (".".join(parts[:k]) for k in reversed(range(len(parts)))):
+            new = _renewed(norm.normalized_shape, rows.get(scope, {}))
+            if new != norm.normalized_shape:
+                yield norm, "normalized_shape", new
+                break
 
 
 def shared_sizes(model: nn.Module, analysis: Analysis) -> list[tuple[int, int]]:

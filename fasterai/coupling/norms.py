@@ -41,7 +41,9 @@ class NarrowLayerNorm(nn.LayerNorm):
     channel_dim: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (N, ..., C) or, for maps, (N, C, H, W)."""
+        """Normalise x (N, ..., C) or, for maps, (N, C, H, W); or sequences, as a nested tensor."""
+        if x.is_nested:  # of a transformer's encoder, where places are masked
+            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()])
         x = x.movedim(self.channel_dim, -1)
         _, mean, scale = torch.native_layer_norm(x, self.normalized_shape, None, None, self.eps)
         mean, scale = _widened(mean, scale, self.normalized_shape[0] / self.width, self.eps)
@@ -94,7 +96,8 @@ def narrowed(
         sizes: how many there were.
 
     Returns:
-        Attributes of norms to set, their class among them; and factors for their scales.
+        Attributes of norms to set, their class among them, and of what would run them fused; and
+        factors for their scales.
     """
     attributes: dict[nn.Module, dict[str, Any]] = {}
     scales: dict[Dim, Tensor] = {}
@@ -120,7 +123,22 @@ def narrowed(
             value = torch.finfo(module.weight.dtype).eps if value is None else value
             attributes[module] = {eps: float(value) * before / after}
             scales[dim] = torch.full((before,), math.sqrt(before / after), dtype=torch.float64)
-    return attributes, scales
+    return attributes | _unfused(model, attributes), scales
+
+
+def _unfused(model: nn.Module, changed: Mapping[nn.Module, Any]) -> dict[nn.Module, dict[str, Any]]:
+    """What keeps torch's fused transformer layers from reading such norms past their forward."""
+    found = {}
+    for module in model.modules():
+        for kind, attributes in _FUSING.items():
+            if isinstance(module, kind) and any(m in changed for m in module.modules()):
+                found[module] = dict(attributes)
+    return found
+
+
+_FUSING: dict[type[nn.Module], dict[str, Any]] = {
+    nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},  # read for that alone
+}
 
 
 _KINDS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
@@ -151,6 +169,9 @@ def from_values(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the module is no such norm, or the values are none that `narrowed` sets.
     """
+    for unfused in (x for kind, x in _FUSING.items() if isinstance(module, kind)):
+        if dict(values) == unfused:
+            return dict(unfused)
     if "class" not in values:
         return _eps_from(module, values)
     kind, names = _KINDS.get(values["class"], (None, ()))
@@ -159,8 +180,9 @@ def from_values(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
     size, width = _group_width(module, kind.__bases__[0]), values["width"]
     if type(width) is not int or not 0 < width <= size:
         raise ValueError(f"its width must lie in 1 to {size}, got {width!r}")
-    if values.get("channel_dim", -1) not in (-1, 1):
-        raise ValueError(f"its channels are along -1 or 1, got {values['channel_dim']!r}")
+    channels = values.get("channel_dim", -1)
+    if type(channels) is not int or channels not in (-1, 1):
+        raise ValueError(f"its channels are along -1 or 1, got {channels!r}")
     return {"__class__": kind, **{name: values[name] for name in names}}
 
 

@@ -79,7 +79,8 @@ def cutting(
         added: parameter or buffer name -> what is added to it, in its size before the cut.
     """
     kept = positions_kept(coupling, axes, remove)
-    integers = mends(model, coupling.analysis, gone(coupling, axes, remove), kept)
+    lost = gone(coupling, axes, remove)
+    integers = mends(model, coupling.analysis, lost, kept, exact=exact)
     attributes: dict[nn.Module, dict[str, Any]] = {}
     if exact:
         attributes, more = narrowed(model, kept, coupling.analysis.sizes)

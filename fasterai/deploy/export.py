@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_map
 
 from ..core.copies import copied
 from ..core.names import unwrapped
@@ -64,7 +64,9 @@ def export_onnx(
 ) -> float:
     """Write a network in eval mode to an ONNX file that onnxruntime was seen to run alike.
 
-    It is run as `export_program` tells. Tensors of more than 2 GB go to a file beside it.
+    It is run as `export_program` tells. Tensors of more than 2 GB go to a file beside it. Inputs are
+    named as the arguments of forward, outputs `output`, `output_0`, ... or as the keys of a dict,
+    and a size that may be any is `batch`.
 
     Args:
         model: the network; it is left as it was.
@@ -86,7 +88,8 @@ def export_onnx(
     dynamic = dynamic_batch and inputs.samples is not None
     program = _program(network, inputs, dynamic)
     try:
-        onnx = _in_onnx(program)
+        onnx = _in_onnx(program, _dynamic(inputs, "batch") if dynamic else None)
+        _name_outputs(onnx.model.graph, program)
     except Exception as error:  # of many kinds
         raise ValueError(
             f"the network cannot be written as ONNX: {type(error).__name__}: {error}"
@@ -143,17 +146,43 @@ def _program(network: nn.Module, inputs: Inputs, dynamic: bool) -> ExportedProgr
         ) from error
 
 
-def _in_onnx(program: ExportedProgram) -> Any:
+def _in_onnx(program: ExportedProgram, shapes: Any) -> Any:
     """A program in ONNX's words, with attention written out where that for it does not fit."""
+    how = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes}
     try:
         with torch.no_grad():
-            return torch.onnx.export(program, dynamo=True, verbose=False)
+            return torch.onnx.export(program, **how)
     except Exception:  # of many kinds; attention over more than four dimensions has none
         if not any(node.target is _ATTENTION for node in program.graph.nodes):
             raise
     with torch.no_grad():
         plain = program.run_decompositions({_ATTENTION: _attention})
-        return torch.onnx.export(plain, dynamo=True, verbose=False)
+        return torch.onnx.export(plain, **how)
+
+
+def _name_outputs(graph: Any, program: ExportedProgram) -> None:
+    """Call the outputs of an ONNX graph what the network calls them, where nothing else has it."""
+    names = ["_".join(path) for path in _paths(program.call_spec.out_spec)]
+    names = [name if name[:1].isalpha() else f"output_{name}".rstrip("_") for name in names]
+    values = [x for node in graph.all_nodes() for x in node.outputs]
+    taken = {x.name for x in (*values, *graph.inputs, *graph.initializers.values())}
+    if len(names) == len(graph.outputs):
+        for value, name in zip(graph.outputs, names, strict=True):
+            if name not in taken and value not in graph.inputs:
+                value.name = name
+                taken.add(name)
+
+
+def _paths(spec: TreeSpec) -> Iterator[tuple[str, ...]]:
+    """The keys, or else the places, that lead to each output."""
+    if spec.is_leaf():
+        yield ()
+        return
+    parts, keys = spec.children(), getattr(spec.context, "_fields", spec.context)
+    if not (isinstance(keys, list | tuple) and len(keys) == len(parts)):
+        keys = range(len(parts))
+    for key, part in zip(keys, parts, strict=True):
+        yield from ((str(key), *path) for path in _paths(part))
 
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -186,10 +215,10 @@ def _plain(network: nn.Module) -> nn.Module:
     return network
 
 
-def _dynamic(inputs: Inputs) -> Any:
+def _dynamic(inputs: Inputs, size: Any = Dim.DYNAMIC) -> Any:
     """For each tensor among the inputs, that its first dimension may have any size."""
     return tree_map(
-        lambda x: {0: Dim.DYNAMIC} if isinstance(x, Tensor) else None,
+        lambda x: {0: size} if isinstance(x, Tensor) else None,
         inputs.args or dict(inputs.kwargs),
     )
 

@@ -8,7 +8,7 @@ that alone feeds it can do itself: s = g / sqrt(v + e), w' = s w, b' = s (b - m)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -166,16 +166,28 @@ def _matches(model: nn.Module, seen: Seen) -> tuple[list[_Fold], dict[str, str]]
     owners = _owners(model)
     folds: list[_Fold] = []
     reasons: dict[str, str] = {}
+    ran = {c.norm for c in seen.calls}
     for name, norm in norms_of(model).items():
         calls = [c for c in seen.calls if c.norm is norm]
         stuck = (_stuck(c, seen, owners) for c in calls)
-        reason = _unfit(norm, calls) or next(filter(None, stuck), None)
+        turns = _taking_turns(name, model, ran)
+        reason = _unfit(norm, calls) or next(filter(None, stuck), turns)
         if reason is None:
             targets = dict.fromkeys(_target(c.layer, owners) for c in calls if c.layer)
             folds.append((name, tuple(targets)))
         else:
             reasons[name] = reason
     return folds, reasons
+
+
+def _taking_turns(name: str, model: nn.Module, ran: Collection[nn.Module]) -> str | None:
+    """Another norm of the same list that did not run may follow the same layer at other times."""
+    folder = name.rpartition(".")[0]
+    parent = model.get_submodule(folder)
+    if not isinstance(parent, nn.ModuleList | nn.ModuleDict):
+        return None
+    idle = [n for n, m in norms_of(parent).items() if "." not in n and m not in ran]
+    return f"it may take turns with {folder}.{idle[0]}, which did not run" if idle else None
 
 
 def _target(layer: Layer, owners: Mapping[int, Sequence[_Owner]]) -> _Target:

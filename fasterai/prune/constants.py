@@ -153,16 +153,17 @@ def _reader(runs: Sequence[Run], i: int, tensors: Mapping[str, Tensor], *, once:
     moving = torch.stack([x.moving for x in arrivals]).any(0)
     value[moving | ((high - low) > 1e-5 * torch.maximum(low.abs(), high.abs()))] = nan
     weight = first.reader if once else None
-    if weight is None:
-        return _Reader(first.labels, value, None, None)
-    return _Reader(first.labels, value, weight, _target(first, runs[0], tensors))
+    if weight is None or tensors[weight.parameter].shape[weight.dim] != len(value):
+        return _Reader(first.labels, value, None, None)  # or it sums over further dimensions
+    padded = any(x.padded for x in arrivals)
+    return _Reader(
+        first.labels, value, weight, None if padded else _target(first, runs[0], tensors)
+    )
 
 
 def _target(x: Arrival, run: Run, tensors: Mapping[str, Tensor]) -> tuple[str, float] | None:
     """Where a constant that arrives there can go."""
     name = x.reader.parameter if x.reader is not None else ""
-    if x.padded:
-        return None
     if x.biased:
         bias = re.sub(r"weight$", "bias", name)
         return (bias, 1.0) if bias != name and bias in tensors else None
