@@ -11,6 +11,7 @@ from networks import Attention, Normed, apart, images, lively, make, sequences, 
 from torch import nn
 
 from fasterai.coupling.norms import NarrowGroupNorm, NarrowLayerNorm
+from fasterai.prune.plan import Plan
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
 
@@ -306,3 +307,90 @@ def test_a_table_keeps_its_rows_where_its_columns_are_as_many():
     assert (model.table.num_embeddings, model.table.embedding_dim) == model.table.weight.shape
     assert model.table.weight.shape == (8, 4)
     assert apart(sparse(i), model(i)) < 1e-12
+
+
+class Encoder(nn.Module):
+    def __init__(self, norm_first, nested):
+        super().__init__()
+        self.embed = nn.Linear(10, 16)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=norm_first)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x, hidden=None):
+        return self.head(self.layers(self.embed(x), src_key_padding_mask=hidden))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("norm_first, nested", [(False, False), (True, False), (False, True)])
+def test_fused_encoders_do_not_read_past_norms_that_remember(norm_first, nested):
+    torch.manual_seed(0)
+    model, x = Encoder(norm_first, nested).double().eval(), sequences(2, 6)
+    hidden = torch.zeros(2, 6, dtype=torch.bool)
+    hidden[1, 4:] = True
+    Sparsifier(model, "filter", example_inputs=x, mixed=True).sparsify_model(0.5)
+    with torch.no_grad():
+        before = torch.cat([model(x), model(x, hidden)])
+        pruner = Pruner(model, x)
+        pruner.prune_model()
+        assert model.embed.out_features == 8
+        assert apart(before, torch.cat([model(x), model(x, hidden)])) < 1e-12
+    fresh = Encoder(norm_first, nested).double().eval()
+    Plan.from_json(pruner.plan.to_json()).apply(fresh)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh(x, hidden), model(x, hidden))
+
+
+class Padded(nn.Module):
+    """Pads maps to a multiple of `n`, with zeros, after a layer and behind some halvings."""
+
+    def __init__(self, n, halvings, kernel):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.n, self.halvings = n, halvings
+        self.last = nn.Conv2d(8, 4, kernel, kernel)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).relu()
+        for _ in range(self.halvings):
+            x = F.max_pool2d(x, 2, ceil_mode=True)
+        return self.last(F.pad(x, (0, -x.shape[3] % self.n, 0, -x.shape[2] % self.n)))
+
+
+@pytest.mark.parametrize("n, halvings, kernel", [(2, 0, 2), (2, 1, 2), (4, 0, 1), (8, 0, 2)])
+def test_padding_that_the_example_does_not_need(n, halvings, kernel):
+    model = lively(Padded(n, halvings, kernel))
+    nn.init.constant_(model.norm.bias, 0.5)
+    with torch.no_grad():
+        model.first.weight[:4] = 0
+    sizes = [images(2, size).double() for size in (16, 17, 22, 31)]
+    before = [model(x) for x in sizes]
+    pruner = Pruner(model, sizes[0])
+    with pytest.warns(UserWarning, match="nothing was removed"):
+        pruner.prune_model()
+    assert list(pruner.kept()["unit"]) == [0, 1, 2, 3]
+    assert all(torch.equal(model(x), y) for x, y in zip(sizes, before, strict=True))
+
+
+class Powers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(4, 3)
+        self.w = nn.Parameter(torch.randn(8, 3, 4))
+
+    def forward(self, x):
+        h = self.a(x).sigmoid()
+        h = torch.stack([h, h**2, h**3], -1)
+        return self.b(torch.einsum("bck,cko->bo", h, self.w).relu())
+
+
+def test_constants_that_a_weight_sums_over_with_other_things_stay():
+    model, x = make(Powers).double().eval(), torch.randn(4, 5).double()
+    with torch.no_grad():
+        model.a.weight[:4] = 0
+    before = model(x)
+    pruner = Pruner(model, x)
+    with pytest.warns(UserWarning, match="nothing was removed"):
+        pruner.prune_model()
+    assert list(pruner.kept()["unit"]) == [0, 1, 2, 3] and torch.equal(model(x), before)

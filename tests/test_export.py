@@ -145,6 +145,36 @@ def test_programs_run_where_none_of_our_code_is(tmp_path):
         assert apart(out, torch.load(tmp_path / f"{case}.out")) < 1e-5, case
 
 
+class Named(nn.Module):
+    """Gives a dict, some of whose keys are names of inputs and of operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x, mask):
+        h = self.a(x).relu() * mask
+        return {"logits": self.b(h), "x": h, "relu": (h + 1, h - 1)}
+
+
+def test_inputs_and_outputs_of_a_file_have_names(tmp_path):
+    def names(model, *x):
+        export_onnx(model.eval(), x, tmp_path / "a.onnx")
+        run = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+        found = [
+            [(v.name, v.shape[0]) for v in some] for some in (run.get_inputs(), run.get_outputs())
+        ]
+        assert {n for some in found for _, n in some} == {"batch"}
+        return [[name for name, _ in some] for some in found]
+
+    x, mask = torch.randn(2, 4), torch.ones(2, 3)
+    taken, given = names(make(Named), x, mask)
+    assert taken == ["x", "mask"] and len(set(given)) == 4
+    assert given[0] == "logits" and given[1] not in taken and given[2:] == ["relu_0", "relu_1"]
+    assert names(make(TwoHeads), images(2))[1] == ["boxes", "classes"]
+    assert names(nn.Sequential(nn.Linear(4, 3)), x) == [["input"], ["output"]]
+
+
 def test_a_program_has_tensors_of_its_own():
     model, x = make(Residual), images(3)
     program, before = export_program(model, x[:1]).module(), answer(model, x)

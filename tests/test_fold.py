@@ -279,6 +279,14 @@ def test_what_did_not_run_stays():
     assert reasons(model, images()) == {"norm": "it did not run on the example inputs"}
 
 
+def test_norms_that_take_turns_stay():
+    """One for each domain, of which the example shows one."""
+    norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+    model = Custom(lambda m, x: m.norms[0](m.a(x)), a=nn.Conv2d(3, 4, 3), norms=norms).eval()
+    found = reasons(model, images())
+    assert found["norms.0"] == "it may take turns with norms.1, which did not run"
+
+
 def test_a_network_in_training_mode_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     model[1].train()

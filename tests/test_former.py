@@ -14,6 +14,7 @@ import fasterai.all
 from fasterai.core.criteria import large_final
 from fasterai.core.former import FORMER, explain_former
 from fasterai.core.schedule import Schedule, agp
+from fasterai.deploy.files import load_pruned
 from fasterai.deploy.sparse_files import load_sparse
 from fasterai.measure.profile import macs, profile
 from fasterai.prune.callback import PruneCallback
@@ -142,6 +143,7 @@ def test_other_mistakes_and_signatures_are_as_python_has_them():
         (lambda learn: carry_optimizer(learn.opt, Pruner(learn.model, X).plan), "plan is None"),
         (lambda learn: report("a.html", networks=learn.model, example_inputs=X), "go by name"),
         (lambda learn: load_sparse(learn.model, "a"), "the file comes first"),
+        (lambda learn: load_pruned("a", learn.model), "the model comes first"),
         (
             lambda learn: sweep(learn, [SparsifyCallback(0.5)], 1),
             r"lambda: SparsifyC\w+\(...\)",

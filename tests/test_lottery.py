@@ -414,3 +414,13 @@ def test_bad_arguments_are_refused_before_anything_is_trained():
     with pytest.raises(ValueError, match="not whole groups"):
         LotteryTicket(learn, 0.5, "filter").random_mask(broken)
     assert isinstance(ticket, Ticket)
+
+
+def test_frozen_weights_do_not_count_and_that_is_said():
+    learn = steady()
+    for layer in (learn.model.stem, learn.model.c1):
+        layer.requires_grad_(False)
+    frozen = {n: p.clone() for n, p in learn.model.named_parameters() if not p.requires_grad}
+    with pytest.warns(UserWarning, match="% of the weights are frozen, stay dense"):
+        LotteryTicket(learn, 0.5, rounds=1).find(1, LR)
+    assert all(torch.equal(p, frozen.get(n, p)) for n, p in learn.model.named_parameters())

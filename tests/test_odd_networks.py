@@ -746,3 +746,112 @@ def test_inside_of_inference_mode():
         recalibrate_bn(normed, [(torch.randn(4, 3, 8, 8),)])
     assert normed[1].running_mean.any()
     assert model[0].out_features == 4 and not any(p.is_inference() for p in model.parameters())
+
+
+class Adaptive(nn.Module):
+    """A block whose norms have no weights, which it gets from a condition (DiT, 2212.09748)."""
+
+    def __init__(self, width, norm):
+        super().__init__()
+        self.norm = norm(width, elementwise_affine=False)
+        self.scale = nn.Linear(3, width)
+        self.inner, self.outer = nn.Linear(width, 20), nn.Linear(20, width)
+
+    def forward(self, x, c):
+        return x + self.outer(self.inner(self.norm(x) * self.scale(c)).relu())
+
+
+class Conditioned(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 12), nn.Linear(12, 4)
+        self.blocks = nn.ModuleList([Adaptive(12, norm) for _ in range(2)])
+
+    def forward(self, x, c):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_norms_without_weights_follow_what_they_normalise(norm):
+    torch.manual_seed(0)
+    model, x = Conditioned(norm).double().eval(), (torch.randn(2, 6).double(), torch.randn(2, 3))
+    x = x[0], x[1].double()
+    pruner = Pruner(model, x)
+    pruner.prune_model(0.5)
+    assert [tuple(b.norm.normalized_shape) for b in model.blocks] == [(6,), (6,)]
+    assert model.embed.out_features == 6 and model.blocks[0].inner.out_features == 10
+    fresh = Conditioned(norm).double().eval()
+    pruner.plan.apply(fresh)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(*x), model(*x))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_norms_without_weights_cannot_remember_a_width(verify):
+    torch.manual_seed(0)
+    model, x = Conditioned(nn.LayerNorm).double().eval(), (torch.randn(2, 6), torch.randn(2, 3))
+    x = tuple(part.double() for part in x)
+    Sparsifier(model, "filter", example_inputs=x, mixed=True).sparsify_model(0.5)
+    before = model(*x)
+    Pruner(model, x).prune_model(verify=verify)
+    assert model.embed.out_features == 12 and model.blocks[0].inner.out_features == 10
+    assert apart(before, model(*x)) < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(8,), (6, 8)])
+def test_a_layer_norm_of_fixed_size_keeps_what_it_normalises(shape):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 10), nn.Linear(10, 3)
+
+        def forward(self, x):
+            return self.c(self.b(F.layer_norm(self.a(x), shape)).relu())
+
+    model, x = Normed(), torch.randn(2, 6, 5)
+    pruner = Pruner(model, x)
+    pruner.prune_model(0.5)
+    assert model(x).shape == (2, 6, 3)
+    assert (model.a.out_features, model.b.out_features) == (8, 5)
+    assert "a" in set(pruner.kept()["layer"])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("layers, both", [(1, False), (2, True)])
+def test_recurrent_layers_that_read_the_input(kind, layers, both):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = kind(5, 12, layers, batch_first=True, bidirectional=both)
+            self.head = nn.Linear(24 if both else 12, 3)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model, x = Last().double().eval(), torch.randn(4, 6, 5).double()
+    Sparsifier(model, "filter", example_inputs=x).sparsify_model(0.5)
+    before = model(x)
+    pruner = Pruner(model, x)
+    pruner.prune_model()
+    assert model.rnn.hidden_size == 6 and pruner.kept().empty
+    assert apart(before, model(x)) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+def test_sparse_inputs_are_refused():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x, edges):
+            return self.b((edges @ self.a(x)).relu())
+
+    edges = (torch.rand(7, 7) > 0.5).float()
+    for sparse in (edges.to_sparse(), edges.to_sparse_csr()):
+        with pytest.raises(TypeError, match="dense tensors, got one of torch.sparse_"):
+            Pruner(Graph(), (torch.randn(7, 5), sparse))

@@ -64,9 +64,9 @@ def export_onnx(
 ) -> float:
     """Write a network in eval mode to an ONNX file that onnxruntime was seen to run alike.
 
-    It is run as `export_program` tells. Tensors of more than 2 GB go to a file beside it. Inputs are
-    named as the arguments of forward, outputs `output`, `output_0`, ... or as the keys of a dict,
-    and a size that may be any is `batch`.
+    It is run as `export_program` tells. Tensors of more than 2 GB go to a file beside it. Inputs
+    have the names of forward's arguments, outputs those of a dict's keys, or `output`, `output_0`,
+    ..., and the size that may be any is `batch`.
 
     Args:
         model: the network; it is left as it was.

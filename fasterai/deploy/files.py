@@ -85,6 +85,8 @@ def load_pruned(model: nn.Module, file: _Path) -> nn.Module:
         PrunedFileError: the file is damaged, not from `save_pruned`, or of another architecture,
             or the model was pruned already. The model is as it was.
     """
+    if isinstance(model, str | os.PathLike):
+        raise TypeError("the model comes first, as in load_pruned(model, 'pruned.safetensors')")
     network = unwrapped(model)
     _must_be_ready(network)
     content = _read(file)

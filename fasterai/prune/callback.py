@@ -345,8 +345,13 @@ class PruneCallback(ScheduledCallback):
                 f"part)"
             )
         elif not pruner.free:
-            reasons = pruner.axes()["pinned"].tolist()
-            raise ValueError(f"the model has nothing to prune: {'; '.join(map(str, reasons[:5]))}")
+            axes = pruner.axes()
+            pins = [f"{a}: {why}" for a, why in zip(axes["layer"], axes["pinned"], strict=True)]
+            raise ValueError(
+                f"the model has nothing to prune; its layers stay whole because of: "
+                f"{'; '.join(pins[:5])}{'; ...' * (len(pins) > 5)}. Pruner(model, x).axes() shows "
+                f"all of it"
+            )
         return pruner.free > 0
 
 

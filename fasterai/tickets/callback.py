@@ -6,6 +6,7 @@ The sources are in `ticket`.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
 from typing import Any
@@ -125,8 +126,8 @@ class LotteryTicket:
     def find(self, *args: Any, fit: str = "fit", **kwargs: Any) -> Ticket:
         """Train, prune and rewind `rounds` times; the ticket, which the model then holds.
 
-        If it is interrupted, the tickets found are in `tickets`, and a further call goes on with
-        the round that was broken off.
+        Frozen weights stay dense and do not count. If it is interrupted, the tickets found are in
+        `tickets`, and a further call goes on with the round that was broken off.
 
         Args:
             args: of the fit: epochs, learning rate, ...
@@ -139,6 +140,13 @@ class LotteryTicket:
             look = _Round(self._sparsifier, self.sparsity, None if done else self.rewind)
             metrics = self._train(start, look, args, fit, kwargs)
             look.must_have_seen_all()
+            frozen = look.sparsifier.frozen_share
+            if not done and frozen > 0.1:
+                warnings.warn(
+                    f"{frozen:.0%} of the weights are frozen, stay dense and do not count; call "
+                    f"learn.unfreeze() before the lottery to prune them",
+                    stacklevel=2,
+                )
             look.sparsifier.sparsify_to([self._after(done + 1, s) for s in look.targets])
             rewound = look.early or start
             self.tickets.append(rewound.with_masks(Masks(look.sparsifier.masks)))
