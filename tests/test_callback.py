@@ -473,3 +473,12 @@ def test_loaders_without_a_batch_are_told():
     assert not list(short.dls.train)
     with pytest.warns(UserWarning, match="SparsifyCallback did nothing: no training batch came"):
         short.fit(1, cbs=SparsifyCallback(0.5, "filter"))
+
+
+def test_warnings_show_the_line_of_the_fit():
+    learn = learner()
+    learn.model.stem.requires_grad_(False)
+    learn.model.c1.requires_grad_(False)
+    with pytest.warns(UserWarning, match="are frozen") as seen:
+        learn.fit(1, 0.01, cbs=SparsifyCallback(0.5))
+    assert {w.filename for w in seen} == {__file__}

@@ -7,7 +7,6 @@ that alone feeds it can do itself: s = g / sqrt(v + e), w' = s w, b' = s (b - m)
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from ..core.copies import copied
 from ..core.granularity import along
 from ..core.names import unwrapped
+from ..core.warning import warn
 from ..coupling.inputs import Inputs
 from ..coupling.probe import settle
 from ..measure.counts import numbers_needed
@@ -69,7 +69,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> nn.Module:
     folded, table = _folded(model, example_inputs)
     if table.empty or not (table["reason"] == "").any():
         why = "it has no batch norms" if table.empty else "see fold_report(model, example_inputs)"
-        warnings.warn(f"nothing was folded: {why}", stacklevel=2)
+        warn(f"nothing was folded: {why}")
     return folded
 
 

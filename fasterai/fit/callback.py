@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..core.criteria import Criterion, NothingToCompare, as_criterion
 from ..core.processes import Processes, is_first
 from ..core.schedule import Chain, Schedule, as_schedule, falls
+from ..core.warning import warn
 from ..measure.pictures import plot_steps
 from ..score.gradients import OF_GRADIENTS
 from .gathering import Gathering
@@ -58,7 +58,7 @@ class FitCallback(Callback):
     def warn(self, message: str) -> None:
         """Warn, in the first of several processes."""
         if is_first():
-            warnings.warn(message, stacklevel=3)
+            warn(message)
 
     # --- events --------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -15,6 +14,7 @@ from ..core.masks import Limits, as_context, as_fraction
 from ..core.names import LayerChoice, frozen_of, plain, unwrapped
 from ..core.records import Records, stand_in
 from ..core.target import Target
+from ..core.warning import warn
 from ..coupling.labels import PRODUCE, Dim
 from ..coupling.ranking import require_scales, unit_scores
 from ..coupling.remaining import remaining
@@ -112,7 +112,7 @@ class GradualPruner(Pruner):
             asked = part_of(as_amount(sparsity, self.context), share)
             self.carry_out(plan, optimizer=optimizer, asked=asked)
         elif not self.free and share and asks(as_amount(sparsity, self.context)):
-            warnings.warn("nothing was removed: axes() tells why units stay", stacklevel=2)
+            warn("nothing was removed: axes() tells why units stay")
         return self.model
 
     def plan_to(self, sparsity: Amount, share: float = 1.0) -> Plan | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -18,6 +17,7 @@ from ..core.masks import Limits, as_context
 from ..core.names import LayerChoice, layer_of, pick, plain, tensors_by_name
 from ..core.processes import refuse_sharded
 from ..core.target import Target
+from ..core.warning import warn
 from ..coupling.couple import couple
 from ..coupling.labels import Dim, dims_of
 from ..coupling.probe import Removal
@@ -142,7 +142,7 @@ class Pruner:
             self.history = self.history.noting(macs=macs(self.model, self.inputs).get(""))
         else:
             why = self._why_nothing(sparsity is None, decision)
-            warnings.warn(f"nothing was removed: {why}", stacklevel=4)
+            warn(f"nothing was removed: {why}")
         return self.model
 
     @torch.inference_mode(False)
@@ -273,7 +273,7 @@ class Pruner:
             free = [axis.bundles for axis in self._axes]
             counts = counts_of(amount, self._axes, free, context)
             if isinstance(amount, Units) and amount.n > sum(free):
-                warnings.warn(f"{amount}: no more than {sum(free)} units may go", stacklevel=5)
+                warn(f"{amount}: no more than {sum(free)} units may go")
             chosen = ranked_units(self.model, self._axes, counts, criterion, limits)
             trial = Trial(*where, verify=verify)
         return self._tried(trial, *chosen)
@@ -380,11 +380,10 @@ class Pruner:
         if idle:
             layers = ", ".join(plain(layer_of(n) or n) for n in idle[:4])
             training = f" (in train mode it did not: {said.untrained[:200]})" * bool(said.untrained)
-            warnings.warn(
+            warn(
                 f"layers that did not run on the example inputs keep their width, and break where "
                 f"they read channels that are gone: {layers}{', ...' * (len(idle) > 4)}{training}. "
                 f"Pass inputs that reach them, or exclude the layers that they read",
-                stacklevel=5,
             )
 
     def _why_nothing(self, exact: bool, decision: Decision) -> str:

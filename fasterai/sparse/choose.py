@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..core.granularity import Granularity, dimensions, maskable, maskable_kinds
 from ..core.names import LayerChoice, as_choices, layer_of, layers_of, pick, plain
+from ..core.warning import warn
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
 from ..coupling.labels import AVERAGED, NORMALISED, PRODUCE
@@ -89,10 +89,9 @@ def _warn_of_empty(layers: Any, known: Collection[str], granularity: Granularity
     names = () if layers is None else [x for x in as_choices(layers) if isinstance(x, str)]
     empty = [name for name in names if not layers_of(name, {plain(k) for k in known})]
     if empty:
-        warnings.warn(
+        warn(
             f"nothing of {', '.join(map(repr, empty))} can be sparsified by {granularity.name!r}: "
             f"no weights there have such groups; what has is in Sparsifier(model).report()",
-            stacklevel=4,
         )
 
 

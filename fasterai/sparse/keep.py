@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from ..core.granularity import dimensions
 from ..core.names import plain, unwrapped
 from ..core.processes import refuse_sharded
+from ..core.warning import warn
 from ..coupling.couple import couple
 from ..coupling.inputs import Inputs
 from ..coupling.labels import SCALE, SHIFT
@@ -86,9 +86,8 @@ def _silent(
     try:
         coupling = couple(network, Inputs.fitting(network, example_inputs))
     except ValueError as error:
-        warnings.warn(
+        warn(
             f"the scales and shifts of norms behind zero filters are not held, for {error}",
-            stacklevel=2,
         )
         return
     for axis in coupling.axes:

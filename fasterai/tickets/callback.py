@@ -6,7 +6,6 @@ The sources are in `ticket`.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
 from typing import Any
@@ -23,6 +22,7 @@ from ..core.criteria import Criterion, as_criterion, large_final, random_scores
 from ..core.gathered import GATHERED
 from ..core.masks import as_fraction
 from ..core.names import LayerChoice, unwrapped
+from ..core.warning import warn
 from ..coupling.inputs import Inputs
 from ..fit.callback import FitCallback
 from ..sparse.callback import KeepZeros
@@ -142,10 +142,9 @@ class LotteryTicket:
             look.must_have_seen_all()
             frozen = look.sparsifier.frozen_share
             if not done and frozen > 0.1:
-                warnings.warn(
+                warn(
                     f"{frozen:.0%} of the weights are frozen, stay dense and do not count; call "
                     f"learn.unfreeze() before the lottery to prune them",
-                    stacklevel=2,
                 )
             look.sparsifier.sparsify_to([self._after(done + 1, s) for s in look.targets])
             rewound = look.early or start
