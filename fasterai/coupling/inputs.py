@@ -172,7 +172,7 @@ class Inputs:
         for n in sorted({n for _, n in places}):
             same = sorted(place for place in places if place[1] == n)
             ways += [(same, 2 * n)] if len(same) > 1 else []
-            ways += [(same, m) for m in (n + n // 2 + 1, 2 * n - 1) if n < m < 2 * n]
+            ways += [(same, m) for m in sorted({n + n // 2 + 1, 2 * n - 1}) if n < m < 2 * n]
         for way, length in ways:
 
             def longer(

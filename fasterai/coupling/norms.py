@@ -128,17 +128,11 @@ def narrowed(
 
 def _unfused(model: nn.Module, changed: Mapping[nn.Module, Any]) -> dict[nn.Module, dict[str, Any]]:
     """What keeps torch's fused transformer layers from reading such norms past their forward."""
-    found = {}
-    for module in model.modules():
-        for kind, attributes in _FUSING.items():
-            if isinstance(module, kind) and any(m in changed for m in module.modules()):
-                found[module] = dict(attributes)
-    return found
+    layers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    return {x: dict(_UNFUSED) for x in layers if any(m in changed for m in x.modules())}
 
 
-_FUSING: dict[type[nn.Module], dict[str, Any]] = {
-    nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},  # read for that alone
-}
+_UNFUSED = {"activation_relu_or_gelu": 0}  # read for that alone
 
 
 _KINDS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
@@ -169,9 +163,8 @@ def from_values(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the module is no such norm, or the values are none that `narrowed` sets.
     """
-    for unfused in (x for kind, x in _FUSING.items() if isinstance(module, kind)):
-        if dict(values) == unfused:
-            return dict(unfused)
+    if isinstance(module, nn.TransformerEncoderLayer) and dict(values) == _UNFUSED:
+        return dict(_UNFUSED)
     if "class" not in values:
         return _eps_from(module, values)
     kind, names = _KINDS.get(values["class"], (None, ()))
